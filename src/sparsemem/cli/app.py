@@ -1,0 +1,48 @@
+"""Parse the command line, run one command, turn errors into exit codes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import sparsemem
+from sparsemem import console
+from sparsemem.cli import demo, learn, model
+from sparsemem.errors import SparsememError
+
+COMMANDS = (model.add_attach, learn.add_learn, model.add_ask, model.add_evaluate, demo.add_demo)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; imports no torch."""
+    parser = argparse.ArgumentParser(
+        prog="sparsemem",
+        description="Let a language model keep learning, without forgetting.",
+        epilog="Begin with: sparsemem demo. Help of a command: sparsemem COMMAND --help",
+    )
+    parser.add_argument("--version", action="version", version=f"sparsemem {sparsemem.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 2 for a user's mistake, 1 for a run that failed, 130 after Ctrl-C.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except SparsememError as error:
+        console.say(f"error: {error}", style="red")
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.say("stopped; nothing was half-written")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

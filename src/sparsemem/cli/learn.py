@@ -1,0 +1,75 @@
+"""learn."""
+
+import argparse
+from typing import Any
+
+from sparsemem import console
+from sparsemem.cli.model import _add_prompt, add_probes
+from sparsemem.cli.options import add_command, add_config_options, config_from
+from sparsemem.cli.tables import show_report
+from sparsemem.config import FinetuneConfig
+from sparsemem.errors import ConfigError
+
+
+def add_learn(commands: Any) -> None:
+    """Add `learn`."""
+    parser = add_command(
+        commands,
+        "learn",
+        "teach facts, measure learning and forgetting, commit the update",
+        'sparsemem learn smol facts.jsonl -m "the new price list"\n  sparsemem learn smol --undo',
+        learn,
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
+    parser.add_argument(
+        "facts", nargs="?", metavar="FACTS", help="facts or documents: .jsonl, .txt, .parquet, Hub"
+    )
+    parser.add_argument("-m", "--message", default="", metavar="TEXT", help="what this update is")
+    parser.add_argument("--undo", action="store_true", help="take the last update back, exactly")
+    parser.add_argument("--out", metavar="DIR", help="save the model or adapter of a baseline method")
+    add_probes(parser)
+    _add_prompt(parser)
+    add_config_options(parser, FinetuneConfig, "training")
+
+
+def learn(args: argparse.Namespace) -> None:
+    """Run `learn`, or `learn --undo`."""
+    if args.undo:
+        return _undo(args)
+    if not args.facts:
+        raise ConfigError("no FACTS given; name a file of facts, or use --undo to take the last update back")
+    config = config_from(args, FinetuneConfig)
+    from sparsemem.study.learn import learn as learn_facts
+
+    report = learn_facts(
+        args.folder,
+        args.facts,
+        probes=args.probes,
+        config=config,
+        message=args.message,
+        prompt=args.prompt,
+        out=args.out,
+    )
+    if args.json:
+        console.emit_json(report)
+    else:
+        show_report(report)
+
+
+def _undo(args: argparse.Namespace) -> None:
+    if args.facts:
+        raise ConfigError("--undo takes no FACTS; leave them out")
+    from sparsemem.memory.checkpoint import read_header
+    from sparsemem.store.deltas import DeltaStore
+
+    store = DeltaStore(args.folder)
+    read_header(store.folder)
+    update, delta = store.undo()
+    if args.json:
+        undone = {"number": update.number, "digest": update.digest, "message": update.message}
+        console.emit_json({"undone": undone, "num_slots": delta.num_slots_trained, "num_updates": len(store)})
+    else:
+        console.say(
+            f"took back update {update.number} ({update.message or update.digest[:12]}): "
+            f"{delta.num_slots_trained} slots are what they were; {len(store)} updates are left"
+        )

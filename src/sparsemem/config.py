@@ -1,0 +1,164 @@
+"""Options, described once: the text under a field is its help on the command line and in the docs."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from sparsemem.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """Shape and place of the memory that is added to a model."""
+
+    layers: tuple[int, ...] | Literal["auto"] = "auto"
+    """Blocks that get a memory, counted from 0; "auto" is one at 13 % of the depth."""
+    placement: Literal["add", "replace"] = "add"
+    """Beside the feed-forward network (logits unchanged at attach), or gated in its place."""
+    num_keys: int = 256
+    """Sub-keys per half; the pool has num_keys**2 slots."""
+    num_heads: int = 4
+    """Independent lookups per token."""
+    top_k: int = 16
+    """Slots read per head and token."""
+    query_dim: int = 64
+    """Width of half a key."""
+    value_dim: int | None = None
+    """Width of a row; only placement="replace" may differ from the model's width."""
+    shared_pool: bool = False
+    """All memory layers read one pool instead of one each."""
+    blocks: str = "auto"
+    """Path of the list of blocks inside the model, for families not known here: "model.layers"."""
+    ffn: str = "auto"
+    """Path of the feed-forward network inside a block: "mlp", or "fc1..fc2" from first to last module."""
+    seed: int = 0
+    """Seed of the random queries and keys."""
+
+    def __post_init__(self) -> None:
+        if self.layers != "auto" and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ConfigError(f"layers={self.layers} names no block or one twice; pass e.g. layers=(4,)")
+        _check_choices(self)
+        _check_positive(self, "num_keys", "num_heads", "top_k", "query_dim")
+        if self.top_k > self.num_keys**2:
+            raise ConfigError(
+                f"top_k={self.top_k} exceeds the {self.num_keys**2} slots; lower it or raise num_keys"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one pool."""
+        return self.num_keys**2
+
+
+DEFAULT_LEARNING_RATES = {"memory": 0.1, "full": 2e-5}
+PEFT_LEARNING_RATE = 2e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig:
+    """How facts are trained."""
+
+    method: str = "memory"
+    """What may move: "memory", "full", or a PEFT type by its name ("lora", "ia3", ...)."""
+    top_t: int = 500
+    """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
+    ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
+    """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
+    anchor: Literal["subject", "all"] = "subject"
+    """Rank the slots read at the subject's tokens only, or (as the paper does) at all tokens."""
+    learning_rate: float | None = None
+    """Step size; by default 0.1 for memory, 2e-5 for full, 2e-4 for PEFT methods."""
+    lr_scheduler: str = "constant"
+    """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Stepped on the rows that were chosen, or on the parameters of the method."""
+    momentum: float = 0.0
+    """Momentum of "sgd"."""
+    weight_decay: float = 0.0
+    """Weight decay of either optimizer."""
+    num_epochs: int = 10
+    """Passes over the facts."""
+    facts_per_batch: int = 1
+    """Facts per optimizer step, each with all its wordings."""
+    gradient_accumulation_steps: int = 1
+    """Parts a batch is computed in; slots are chosen for the whole batch."""
+    num_contexts: int = 1
+    """Left contexts each wording is trained in; every second one is empty."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """Learn the tokens of the answer, or all tokens."""
+    max_length: int = 512
+    """Longer wordings are cut."""
+    prefix_cache_bytes: int = 2 * 1024**3
+    """Memory for hidden states below the memory, so that they are computed once."""
+    peft: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the PEFT config, such as {"r": 32, "lora_alpha": 64}."""
+    seed: int = 0
+    """Seed of the order of facts and of the contexts."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        counts = ("top_t", "num_epochs", "facts_per_batch", "gradient_accumulation_steps", "num_contexts")
+        _check_positive(self, *counts, "max_length")
+        if self.learning_rate is not None:
+            _check_positive(self, "learning_rate")
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, or the default of the method."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return DEFAULT_LEARNING_RATES.get(self.method, PEFT_LEARNING_RATE)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into plain JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_json(cls: type[ConfigT], values: dict[str, Any], source: Path | str) -> ConfigT:
+    """Build a config dataclass from JSON values; unknown names are an error that names them.
+
+    Raises:
+        ConfigError: `values` has a name that `cls` has not.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"{source}: unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    lists_as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return cls(**lists_as_tuples)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Read the text under each field of a config dataclass.
+
+    Returns:
+        Field name to its text, in one line.
+    """
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            docs[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    return docs
+
+
+def _check_choices(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        choices, value = get_args(field.type), getattr(config, field.name)
+        if get_origin(field.type) is Literal and value not in choices:
+            raise ConfigError(f"{field.name}={value!r} is unknown; use one of {', '.join(choices)}")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name}={getattr(config, name)} is not positive; use a larger one")

@@ -1,0 +1,258 @@
+"""Rows in: facts, probes and texts, from local files or the Hub, checked before anything is done."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsemem.errors import DataError, MissingFileError
+
+LOCAL_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".csv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One thing to learn. A document is a fact that is only a statement."""
+
+    question: str | None = None
+    """How it is asked; trained on."""
+    answer: str | None = None
+    """The right reply."""
+    statement: str | None = None
+    """The fact as a sentence, or the text of a document."""
+    paraphrases: tuple[str, ...] = ()
+    """Other statements and questions, trained on too."""
+    heldout_questions: tuple[str, ...] = ()
+    """Other wordings of the question, never trained on, only asked."""
+    aliases: tuple[str, ...] = ()
+    """Also right."""
+    subject: str | None = None
+    """What the fact is about, as it stands in its wordings."""
+    id: str = ""
+    """Name in reports; file and line if none is given."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answer and its aliases."""
+        return tuple(dict.fromkeys(filter(None, (self.answer, *self.aliases))))
+
+    @property
+    def statements(self) -> tuple[str, ...]:
+        """All trained wordings that are no questions."""
+        wordings = (self.statement, *self.paraphrases)
+        return tuple(text for text in wordings if text and not is_question(text))
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """All trained wordings that are questions."""
+        wordings = (self.question, *filter(is_question, self.paraphrases))
+        return tuple(text for text in wordings if text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A probe question with its right answers, or with choices of which one is right."""
+
+    question: str
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+
+
+def is_question(text: str) -> bool:
+    """Whether a wording asks rather than states."""
+    return text.rstrip().endswith("?")
+
+
+def load_facts(source: str | Path) -> list[Fact]:
+    """Read facts and documents.
+
+    Args:
+        source: A local file (.jsonl, .txt, .parquet, ...) or a Hub data set ("name" or "name:split").
+
+    Raises:
+        MissingFileError: A local file does not exist.
+        DataError: A row is malformed (named by file and line), two share an id, or there is none.
+    """
+    facts = [parse_fact(row, where) for where, row in read_rows(source)]
+    if not facts:
+        raise DataError(f"{source} has no facts; give at least one row")
+    seen: dict[str, int] = {}
+    for number, fact in enumerate(facts, 1):
+        if fact.id in seen:
+            raise DataError(
+                f"{source}: rows {seen[fact.id]} and {number} share the id {fact.id!r}; rename one"
+            )
+        seen[fact.id] = number
+    return facts
+
+
+def parse_fact(row: dict[str, Any], where: str) -> Fact:
+    """Check one row; `where` names it in errors and serves as its id if it has none."""
+    if "text" in row and not {"question", "statement"} & set(row):
+        row = {**row, "statement": row["text"]}
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Fact):
+        value = row.get(field.name)
+        if value is None:
+            continue
+        if field.name in ("paraphrases", "heldout_questions", "aliases"):
+            values[field.name] = _strings(value, field.name, where)
+        else:
+            values[field.name] = _text(value, field.name, where)
+    values.setdefault("id", where)
+    fact = Fact(**values)
+    if not fact.question and not fact.statement:
+        raise DataError(f'{where}: a fact needs a "question" with its "answer", or a "statement"')
+    if (fact.question or fact.heldout_questions) and not fact.answer:
+        raise DataError(f'{where}: the question has no "answer"; add one')
+    return fact
+
+
+def load_questions(source: str | Path) -> list[Question]:
+    """Read probe questions: `{question, answers}` or `{question, choices, answer}`.
+
+    Raises:
+        MissingFileError: A local file does not exist.
+        DataError: A row is malformed (named by file and line), or there is none.
+    """
+    questions = [_question(row, where) for where, row in read_rows(source)]
+    if not questions:
+        raise DataError(f"{source} has no questions; give at least one row")
+    return questions
+
+
+def load_texts(source: str | Path, *, max_chars: int = 2000) -> list[str]:
+    """Read texts, cut into pieces of at most about `max_chars` at line or sentence ends.
+
+    Args:
+        source: A .txt file, rows with "text", or a Hub data set.
+        max_chars: Length of a piece.
+
+    Raises:
+        MissingFileError: A local file does not exist.
+        DataError: A row has no text, or there is none at all.
+    """
+    if Path(source).suffix == ".txt":
+        texts = [_read_file(Path(source))]
+    else:
+        texts = [_text(row.get("text"), "text", where) for where, row in read_rows(source)]
+    pieces = [piece for text in texts for piece in split_text(text, max_chars)]
+    if not pieces:
+        raise DataError(f"{source} has no text")
+    return pieces
+
+
+def split_text(text: str, max_chars: int) -> Iterator[str]:
+    """Cut a text into pieces of at most about `max_chars`, at line ends where it can."""
+    piece = ""
+    for line in text.splitlines():
+        while len(line) > max_chars:
+            cut = line.rfind(". ", 0, max_chars) + 1 or max_chars
+            line, rest = line[:cut], line[cut:].lstrip()
+            if piece:
+                yield piece
+            piece, line = line, rest
+        if piece and len(piece) + len(line) > max_chars:
+            yield piece
+            piece = line
+        else:
+            piece = f"{piece}\n{line}" if piece else line
+    if piece.strip():
+        yield piece.strip()
+
+
+def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file:line", row) of a .jsonl file, or of anything the `datasets` library reads."""
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        yield from _jsonl_rows(path)
+    elif path.suffix == ".txt":
+        yield from ((f"{path}:{number}", {"text": line}) for number, line in _lines(path) if line.strip())
+    else:
+        yield from _dataset_rows(source)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not valid JSON ({error}); one object per line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a {type(row).__name__}, not an object; one object per line")
+        yield where, row
+
+
+def _dataset_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets  # takes a second to import, and only some sources need it
+
+    name, _, split = str(source).partition(":")
+    path = Path(name)
+    if path.suffix in LOCAL_SUFFIXES and not path.is_file():
+        raise MissingFileError(f"{path} does not exist; check the path")
+    kinds = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    try:
+        if path.suffix in kinds:
+            rows = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises a dozen kinds; all of them mean the same here
+        raise MissingFileError(
+            f"{source} is neither a local file ({', '.join(LOCAL_SUFFIXES)}) nor a data set that could "
+            f"be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"{source}:{number}", dict(row)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    # Not splitlines(): JSON strings may hold U+2028, which is no line end in JSONL.
+    return enumerate(_read_file(path).split("\n"), 1)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} does not exist; check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} could not be read: {error.strerror}") from error
+
+
+def _question(row: dict[str, Any], where: str) -> Question:
+    question = _text(row.get("question"), "question", where)
+    if "choices" not in row:
+        answers = row.get("answers", row.get("answer"))
+        return Question(question=question, answers=_strings(answers, "answers", where))
+    choices = _strings(row["choices"], "choices", where)
+    answer = row.get("answer")
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        answer = choices[answer]
+    if answer not in choices:
+        raise DataError(f'{where}: "answer" {answer!r} is none of the choices; give its text or its index')
+    return Question(question=question, answers=(answer,), choices=choices)
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f'{where}: "{name}" is {value!r}; it must be a text that is not empty')
+    return value.strip()
+
+
+def _strings(value: Any, name: str, where: str) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        if name in ("paraphrases", "heldout_questions", "aliases") and items in ([], ()):
+            return ()
+        raise DataError(f'{where}: "{name}" is {value!r}; it must be a list of texts')
+    return tuple(_text(item, name, where) for item in items)

@@ -1,0 +1,49 @@
+"""Texts to padded token batches."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_batches(
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    batch_size: int = 8,
+    max_length: int = 256,
+    device: torch.device | str = "cpu",
+) -> Iterator[dict[str, Tensor]]:
+    """Yield `input_ids` and `attention_mask` of consecutive texts, cut at `max_length`, right padded.
+
+    Texts that give no token are left out. Shapes (batch, tokens), int64.
+    """
+    texts = iter(texts)
+    while chunk := list(islice(texts, batch_size)):
+        encoded = tokenizer(chunk, truncation=True, max_length=max_length)["input_ids"]
+        sequences = [ids for ids in encoded if ids]
+        if sequences:
+            yield {key: value.to(device) for key, value in pad(sequences).items()}
+
+
+def pad(sequences: list[list[int]], side: str = "right", value: int = 0) -> dict[str, Tensor]:
+    """Pad token lists to one length.
+
+    Args:
+        sequences: Token ids, at least one list, none empty.
+        side: Where the padding goes, "right" or "left".
+        value: Id of the padding; masked, so any valid one will do.
+
+    Returns:
+        `input_ids` and `attention_mask`, shape (sequences, longest), int64.
+    """
+    length = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), length), value, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(sequences):
+        span = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
+        input_ids[row, span] = torch.tensor(ids)
+        attention_mask[row, span] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,1 @@
+"""Measure what was learned and what was forgotten."""

@@ -1,0 +1,127 @@
+"""One evaluation of facts and probes, and the report of two of them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from sparsemem.data import Fact
+from sparsemem.evaluation.generate import answer_questions
+from sparsemem.evaluation.metrics import exact_match, f1, forgetting, mean
+from sparsemem.evaluation.probes import Probe, ProbeScore, score_probe
+from sparsemem.prompts import PromptFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class FactScores:
+    """Recall of facts, 0 to 1.
+
+    Args:
+        num: Facts.
+        seen_f1: F1 in the trained wordings of the question.
+        heldout_f1: F1 in wordings never trained on; None if no fact has one.
+        heldout_em: Exact match in them.
+        answers: What was replied to each question, by question.
+    """
+
+    num: int
+    seen_f1: float | None
+    heldout_f1: float | None
+    heldout_em: float | None
+    answers: dict[str, str] = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scores of one model state."""
+
+    facts: FactScores
+    probes: dict[str, ProbeScore]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact] = (),
+    probes: Sequence[Probe] = (),
+    *,
+    prompt: PromptFormat = "qa",
+    on_part: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Measure what a model knows of some facts, and its probes.
+
+    Args:
+        model: A causal LM, with or without a memory.
+        tokenizer: Its tokenizer.
+        facts: Facts to ask for, in their trained and in their held-out wordings.
+        probes: What must not be forgotten.
+        prompt: How questions are asked, "qa" or "chat".
+        on_part: Called with the name of each part before it starts.
+    """
+    if on_part and facts:
+        on_part("facts")
+    fact_scores = recall(model, tokenizer, facts, prompt)
+    scores = {}
+    for probe in probes:
+        if on_part:
+            on_part(probe.name)
+        scores[probe.name] = score_probe(model, tokenizer, probe, prompt)
+    return Evaluation(fact_scores, scores)
+
+
+def recall(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], prompt: PromptFormat) -> FactScores:
+    """Ask for every fact in its main trained wording and in all its held-out ones."""
+    seen = [(fact, fact.question) for fact in facts if fact.question]
+    heldout = [(fact, question) for fact in facts for question in fact.heldout_questions]
+    asked = [question for _, question in (*seen, *heldout)]
+    answers = dict(zip(asked, answer_questions(model, tokenizer, asked, prompt=prompt), strict=True))
+
+    def score(metric: Callable[[str, Sequence[str]], float], pairs: list[tuple[Fact, str]]) -> float | None:
+        return mean([metric(answers[q], fact.answers) for fact, q in pairs]) if pairs else None
+
+    return FactScores(
+        num=len(facts),
+        seen_f1=score(f1, seen),
+        heldout_f1=score(f1, heldout),
+        heldout_em=score(exact_match, heldout),
+        answers=answers,
+    )
+
+
+def retention(before: ProbeScore, after: ProbeScore) -> float | None:
+    """Share of the answers that were right before and still are; None where nothing was right."""
+    kept = [a for b, a in zip(before.right, after.right, strict=True) if b]
+    return mean([float(right) for right in kept]) if kept else None
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Put two evaluations of the same questions side by side, as plain JSON values.
+
+    Returns:
+        `facts` with the scores after, and those before under "before"; `probes` by name with metric,
+        before, after, forgetting (relative loss, positive is worse), num and, for questions, retention.
+    """
+    return {
+        "facts": {**fact_values(after.facts), "before": fact_values(before.facts)},
+        "probes": {
+            name: {
+                "metric": old.metric,
+                "before": old.value,
+                "after": after.probes[name].value,
+                "forgetting": forgetting(
+                    old.value, after.probes[name].value, higher_is_better=old.metric != "perplexity"
+                ),
+                "num": old.num,
+                **({"retention": retention(old, after.probes[name])} if old.right else {}),
+            }
+            for name, old in before.probes.items()
+        },
+    }
+
+
+def fact_values(scores: FactScores) -> dict[str, Any]:
+    """Fact scores as plain JSON values, without the answers."""
+    values = dataclasses.asdict(scores)
+    del values["answers"]
+    return values

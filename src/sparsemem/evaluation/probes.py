@@ -1,0 +1,175 @@
+"""Probes: what must not be forgotten, as question sets, multiple choice and plain text."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sparsemem.data import Question, load_questions, load_texts, read_rows
+from sparsemem.encode import pad
+from sparsemem.errors import ConfigError, DataError
+from sparsemem.evaluation.generate import answer_questions
+from sparsemem.evaluation.metrics import exact_match, f1, mean
+from sparsemem.likelihood import IGNORE, label_log_probs
+from sparsemem.prompts import PromptFormat, qa_question
+
+Metric = Literal["f1", "accuracy", "perplexity"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A named set of questions, or of texts; exactly one of the two is not empty."""
+
+    name: str
+    questions: tuple[Question, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> Metric:
+        """What is measured: F1 of answers, accuracy of choices, perplexity of text."""
+        if self.texts:
+            return "perplexity"
+        return "accuracy" if self.questions[0].choices else "f1"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeScore:
+    """Result of one probe.
+
+    Args:
+        metric: What `value` is; for "perplexity" lower is better.
+        value: The score.
+        num: Questions, or tokens of text.
+        right: Whether each question was answered right (exact match, or the right choice).
+    """
+
+    metric: Metric
+    value: float
+    num: int
+    right: tuple[bool, ...] = ()
+
+
+def load_probes(specs: Sequence[str]) -> list[Probe]:
+    """Read probes given as "name=source".
+
+    A source is a .txt file or rows with "text" (perplexity), `{question, answers}` (closed-book) or
+    `{question, choices, answer}` (multiple choice), from a local file or a Hub data set.
+
+    Raises:
+        ConfigError: A spec has no name or repeats one.
+        MissingFileError: A source does not exist.
+        DataError: A row is malformed.
+    """
+    probes: list[Probe] = []
+    for spec in specs:
+        name, equals, source = spec.partition("=")
+        if not (name and equals and source):
+            raise ConfigError(f"probe {spec!r} has no name; write it as name=path.jsonl")
+        if name in {probe.name for probe in probes}:
+            raise ConfigError(f"two probes are named {name!r}; rename one")
+        probes.append(load_probe(name, source))
+    return probes
+
+
+def load_probe(name: str, source: str) -> Probe:
+    """Read one probe; its first row tells of which kind it is."""
+    if Path(source).suffix == ".txt":
+        return Probe(name, texts=tuple(load_texts(source)))
+    _, row = next(iter(read_rows(source)), ("", None))
+    if row is None:
+        raise DataError(f"{source} has no rows; give at least one")
+    if "question" not in row and "text" in row:
+        return Probe(name, texts=tuple(load_texts(source)))
+    questions = tuple(load_questions(source))
+    if len({bool(question.choices) for question in questions}) > 1:
+        raise DataError(f"{source} mixes questions with and without choices; split it into two probes")
+    return Probe(name, questions=questions)
+
+
+def score_probe(model: nn.Module, tokenizer: Any, probe: Probe, prompt: PromptFormat = "qa") -> ProbeScore:
+    """Measure one probe."""
+    if probe.metric == "perplexity":
+        return perplexity(model, tokenizer, probe.texts)
+    if probe.metric == "accuracy":
+        return multiple_choice(model, tokenizer, probe.questions)
+    answers = answer_questions(model, tokenizer, [q.question for q in probe.questions], prompt=prompt)
+    pairs = list(zip(answers, probe.questions, strict=True))
+    return ProbeScore(
+        metric="f1",
+        value=mean([f1(answer, question.answers) for answer, question in pairs]),
+        num=len(pairs),
+        right=tuple(exact_match(answer, question.answers) == 1.0 for answer, question in pairs),
+    )
+
+
+def perplexity(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512
+) -> ProbeScore:
+    """Perplexity per token of texts, each read from its beginning and cut into `max_length` tokens."""
+    windows = [
+        ids[start : start + max_length]
+        for ids in tokenizer(list(texts))["input_ids"]
+        for start in range(0, len(ids), max_length)
+        if len(ids) - start > 1
+    ]
+    log_probs = _log_probs(model, windows, [ids[1:] for ids in windows])
+    num_tokens = sum(len(ids) - 1 for ids in windows)
+    if not num_tokens:
+        raise DataError("the text has fewer than two tokens; give more")
+    return ProbeScore("perplexity", math.exp(-sum(log_probs) / num_tokens), num_tokens)
+
+
+def multiple_choice(model: nn.Module, tokenizer: Any, questions: Sequence[Question]) -> ProbeScore:
+    """Accuracy of the likeliest choice, its log-probability divided by its length in bytes.
+
+    That is `acc_norm` of lm-evaluation-harness, so that long choices are not at a disadvantage.
+    """
+    sequences, targets, lengths = [], [], []
+    for question in questions:
+        prompt = tokenizer(qa_question(question.question))["input_ids"]
+        for choice in question.choices:
+            target = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            sequences.append(prompt + target)
+            targets.append(target)
+            lengths.append(len(choice.encode()))
+    scores = iter(
+        score / length for score, length in zip(_log_probs(model, sequences, targets), lengths, strict=True)
+    )
+    right = []
+    for question in questions:
+        of_choices = [next(scores) for _ in question.choices]
+        right.append(question.choices[of_choices.index(max(of_choices))] in question.answers)
+    return ProbeScore("accuracy", mean([float(r) for r in right]), len(right), tuple(right))
+
+
+@torch.no_grad()
+def _log_probs(
+    model: nn.Module, sequences: Sequence[list[int]], targets: Sequence[list[int]], max_tokens: int = 4096
+) -> list[float]:
+    """Sum the log-probability of the target at the end of each sequence.
+
+    Batches are made by length, then content, so that scores do not depend on the order given.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), sequences[i], len(targets[i])))
+    results = [0.0] * len(sequences)
+    while order:
+        size = max(1, max_tokens // len(sequences[order[-1]]))
+        batch, order = order[-size:], order[:-size]
+        padded = pad([sequences[i] for i in batch])
+        labels = torch.full_like(padded["input_ids"], IGNORE)
+        for row, i in enumerate(batch):
+            end = len(sequences[i])
+            labels[row, end - len(targets[i]) : end] = torch.tensor(targets[i])
+        inputs = padded["input_ids"], padded["attention_mask"], labels
+        log_probs = label_log_probs(model, *(tensor.to(device) for tensor in inputs))
+        for i, part in zip(batch, log_probs.split([len(targets[i]) for i in batch]), strict=True):
+            results[i] = part.double().sum().item()
+    model.train(was_training)
+    return results

@@ -1,0 +1,1 @@
+"""Read a memory: lookup, pool, layer, and a model that has them."""

@@ -1,0 +1,291 @@
+"""Put memory layers into a Hugging Face causal LM, in place, and take them out again."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsemem.config import MemoryConfig
+from sparsemem.errors import ConfigError, LayerNotFoundError, NotAttachedError, UnknownArchitectureError
+from sparsemem.memory.layer import BeforeRead, MemoryLayer, init_memory
+from sparsemem.memory.pool import Pool
+
+FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1..fc2")
+"""What families call the feed-forward network of a block; OPT has two bare linear layers."""
+
+AUTO_DEPTH = 0.13
+"""Where `layers="auto"` puts the memory: block 4 of 30 learned most in held-out wordings
+(METHOD.md, section 4; measured again in experiments/recipe)."""
+
+
+def attach_memory(
+    model: Any, config: MemoryConfig | None = None, bases: dict[str, Tensor] | None = None
+) -> Any:
+    """Add memory layers to a causal LM, in place.
+
+    The model stays what it was, a Hugging Face model: `generate`, `Trainer` and peft go on working,
+    and with `placement="add"` its logits are the same until something is learned.
+
+    Args:
+        model: A decoder-only Hugging Face model.
+        config: Shape and place of the memory.
+        bases: Read-only values behind a pool, by pool name ("layer_4", or "shared"); zeros otherwise.
+
+    Returns:
+        The same model. `memory_layers(model)` and `pools(model)` give the parts.
+
+    Raises:
+        NotAttachedError: The model has a memory already.
+        UnknownArchitectureError: Its blocks or feed-forward network could not be found.
+        LayerNotFoundError: `config.layers` lies outside the model.
+        ConfigError: The widths do not fit the placement.
+    """
+    config = config or MemoryConfig()
+    if any(True for _ in memory_layers(model)):
+        raise NotAttachedError("the model has a memory already; detach_memory(model) first")
+    blocks = find_blocks(model, config.blocks)
+    indices = _block_indices(config, len(blocks))
+    hidden_size = model.config.get_text_config().hidden_size
+    value_dim = config.value_dim or hidden_size
+    if config.placement == "add" and value_dim != hidden_size:
+        raise ConfigError(
+            f"value_dim={value_dim}, but rows are added to a stream of width {hidden_size}; "
+            "leave value_dim out or use placement='replace'"
+        )
+    spots = {index: find_ffn(blocks[index], config.ffn) for index in indices}
+    for path, ends in spots.values():
+        if config.placement == "replace" and ends[0] is not ends[1]:
+            raise ConfigError(
+                f"placement='replace' needs the feed-forward network in one module, here it is {path}; "
+                "use placement='add'"
+            )
+
+    pools: dict[str, Pool] = {}
+    generator = torch.Generator().manual_seed(config.seed)
+    for index, (path, (first, last)) in spots.items():
+        name = "shared" if config.shared_pool else f"layer_{index}"
+        if name not in pools:
+            pools[name] = Pool(config.num_slots, value_dim, (bases or {}).get(name))
+        layer = MemoryLayer(
+            hidden_size,
+            pools[name],
+            num_keys=config.num_keys,
+            num_heads=config.num_heads,
+            top_k=config.top_k,
+            query_dim=config.query_dim,
+            placement=config.placement,
+            block_index=index,
+            pool_name=name,
+        )
+        init_memory(layer, generator)
+        layer.to(next(first.parameters()).device)
+        if config.placement == "add":
+            blocks[index].memory = layer
+            layer.beside = _Beside(layer, first, last)
+        else:
+            # In a list, so that the network neither trains nor shows up in the state dict.
+            layer.replaced = [first]
+            _set_submodule(blocks[index], path, layer)
+    model.memory_config = config
+    return model
+
+
+def detach_memory(model: nn.Module) -> nn.Module:
+    """Take the memory out again, in place: the model is what it was before `attach_memory`.
+
+    Raises:
+        NotAttachedError: The model has no memory.
+    """
+    config = memory_config(model)
+    blocks = find_blocks(model, config.blocks)
+    for layer in list(memory_layers(model)):
+        block = blocks[layer.block_index]
+        if layer.beside is not None:
+            layer.beside.remove()
+            del block.memory
+        else:
+            path = next(name for name, module in block.named_modules() if module is layer)
+            _set_submodule(block, path, layer.replaced[0])
+    del unwrapped(model).memory_config
+    return model
+
+
+def memory_layers(model: nn.Module) -> Iterator[MemoryLayer]:
+    """Yield the memory layers of a model, lowest first."""
+    return (module for module in model.modules() if isinstance(module, MemoryLayer))
+
+
+def pools(model: nn.Module) -> dict[str, Pool]:
+    """Return the pools of a model by name, lowest layer first; shared ones once.
+
+    Raises:
+        NotAttachedError: The model has no memory.
+    """
+    found = {layer.pool_name: layer.pool for layer in memory_layers(model)}
+    if not found:
+        raise NotAttachedError("the model has no memory; attach_memory(model) first")
+    return found
+
+
+def memory_config(model: nn.Module) -> MemoryConfig:
+    """Return the config the memory was attached with.
+
+    Raises:
+        NotAttachedError: The model has no memory.
+    """
+    config = getattr(unwrapped(model), "memory_config", None)
+    if config is None:
+        raise NotAttachedError("the model has no memory; attach_memory(model) first")
+    assert isinstance(config, MemoryConfig)
+    return config
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the Hugging Face model itself where peft or a data-parallel engine has wrapped it."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+@contextlib.contextmanager
+def before_read(model: nn.Module, hook: BeforeRead) -> Iterator[None]:
+    """Call `hook(layer, hidden, slot_ids)` in every memory layer once its reads are known."""
+    layers = list(memory_layers(model))
+    for layer in layers:
+        layer.before_read = hook
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.before_read = None
+
+
+@torch.no_grad()
+def observe_reads(model: nn.Module, hook: BeforeRead, **inputs: Tensor) -> None:
+    """Run a forward pass that ends at the highest memory layer, calling `hook` in each one.
+
+    For counting and fitting, where nothing above the memory matters: with the memory at block 4 of
+    30 this is a sixth of the work.
+    """
+    last = max(memory_layers(model), key=lambda layer: layer.block_index)
+
+    def hook_then_stop(layer: MemoryLayer, hidden: Tensor, slot_ids: Tensor) -> None:
+        hook(layer, hidden, slot_ids)
+        if layer is last:
+            raise _SeenEnough
+
+    with before_read(model, hook_then_stop), contextlib.suppress(_SeenEnough):
+        model(**inputs, use_cache=False)
+
+
+class _SeenEnough(Exception):  # noqa: N818 - not an error, it ends a pass early
+    pass
+
+
+def find_blocks(model: Any, path: str = "auto") -> nn.ModuleList:
+    """Find the list of decoder blocks: the outermost ModuleList with one entry per layer.
+
+    Raises:
+        UnknownArchitectureError: There is none or more than one, or `path` leads nowhere.
+    """
+    if path != "auto":
+        try:
+            blocks = unwrapped(model).get_submodule(path)
+        except AttributeError:
+            blocks = None
+        if not isinstance(blocks, nn.ModuleList):
+            raise UnknownArchitectureError(
+                f"blocks={path!r} is not a list of blocks of {type(model).__name__}; {_choices(model)}"
+            )
+        return blocks
+    depth = model.config.get_text_config().num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not nested:
+            found[name] = module
+    if len(found) != 1:
+        raise UnknownArchitectureError(
+            f"{type(model).__name__} has {len(found)} lists of {depth} blocks where one was expected; "
+            f"{_choices(model)}"
+        )
+    return next(iter(found.values()))
+
+
+def find_ffn(block: nn.Module, path: str = "auto") -> tuple[str, tuple[nn.Module, nn.Module]]:
+    """Find the feed-forward network of a block.
+
+    Returns:
+        Its path inside the block, and its first and last module (the same one in most families).
+
+    Raises:
+        UnknownArchitectureError: There is none, or `path` leads nowhere.
+    """
+    for candidate in FFN_NAMES if path == "auto" else (path,):
+        first, _, last = candidate.partition("..")
+        try:
+            return candidate, (block.get_submodule(first), block.get_submodule(last or first))
+        except AttributeError:
+            continue
+    children = ", ".join(name for name, _ in block.named_children())
+    raise UnknownArchitectureError(
+        f"no feed-forward network {'under a known name' if path == 'auto' else repr(path)} in "
+        f"{type(block).__name__}; name it with ffn='...' among its parts: {children}"
+    )
+
+
+class _Beside:
+    """Hooks that add a memory's answer to the output of the feed-forward network it sits beside."""
+
+    def __init__(self, memory: MemoryLayer, first: nn.Module, last: nn.Module) -> None:
+        self.memory = memory
+        self.hidden: Tensor | None = None
+        self.handles: list[RemovableHandle] = [
+            first.register_forward_pre_hook(self.enter, with_kwargs=True),
+            last.register_forward_hook(self.leave),
+        ]
+
+    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.hidden = args[0] if args else kwargs["hidden_states"]
+
+    def leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None
+        if self.memory.is_silent():
+            return output
+        if isinstance(output, tuple):  # a mixture of experts also returns its router's logits
+            return (output[0] + self.memory(hidden), *output[1:])
+        return output + self.memory(hidden)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _block_indices(config: MemoryConfig, num_blocks: int) -> tuple[int, ...]:
+    if config.layers == "auto":
+        return (round(AUTO_DEPTH * num_blocks),)
+    for index in config.layers:
+        if not 0 <= index < num_blocks:
+            raise LayerNotFoundError(
+                f"layers={config.layers}, but this model has {num_blocks} blocks (0..{num_blocks - 1}); "
+                f"pass layers=({num_blocks // 2},) for the middle one"
+            )
+    return tuple(sorted(config.layers))
+
+
+def _set_submodule(block: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, module)
+
+
+def _choices(model: nn.Module) -> str:
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return f"name the blocks with blocks='...'; its lists are: {', '.join(lists) or 'none'}"

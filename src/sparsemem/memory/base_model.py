@@ -1,0 +1,101 @@
+"""Load the model under the memory: a Hub id, a local folder or a GGUF file."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from sparsemem.errors import MissingFileError, ModelMismatchError
+from sparsemem.files import new_folder
+
+SAMPLE = 256
+"""Values per weight that go into a fingerprint."""
+
+
+def load_base_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a causal LM and its tokenizer.
+
+    Args:
+        name: A Hub id, a local folder, or a .gguf file. The latter is de-quantized once and kept as
+            safetensors under $XDG_CACHE_HOME/sparsemem.
+        dtype: Of the weights.
+
+    Returns:
+        Model in evaluation mode, and tokenizer.
+
+    Raises:
+        MissingFileError: `name` is neither a file or folder nor a model that could be loaded.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        path = _converted(path)
+    source = str(path) if path.exists() else name
+    quiet = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise MissingFileError(
+            f"{name} is neither a local model nor one that could be fetched: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(quiet)
+    # A folder under the cache means nothing to the next machine; what the user named does.
+    model.config._name_or_path = name
+    return model.eval(), tokenizer
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Digest of a model's weights, memory left out, from a sample of each.
+
+    Rounded to bfloat16, so that a model is recognised in whatever dtype it was loaded.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if ".memory." in name:
+            continue
+        flat = weight.detach().flatten()
+        step = max(1, flat.numel() // SAMPLE)
+        sample = flat[::step].to(torch.bfloat16).view(torch.int16).cpu().contiguous()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_fingerprint(model: nn.Module, expected: str, where: Path) -> None:
+    """Raise ModelMismatchError unless `model` is the one a memory was saved for."""
+    found = fingerprint(model)
+    if found != expected:
+        raise ModelMismatchError(
+            f"{where} was made for a base model with fingerprint {expected[:12]}, this one "
+            f"({getattr(model, 'name_or_path', '?')}) has {found[:12]}; pass the model it was attached to"
+        )
+
+
+def _converted(path: Path) -> Path:
+    """Return the folder with a GGUF file's weights as safetensors; make it if it is not there."""
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; check the path")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparsemem"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache / f"{path.stem}-{digest[:12]}"
+    if folder.is_dir():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The weights are plain float32 now, so nothing about quantization may be saved with them.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder

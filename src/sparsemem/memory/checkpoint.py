@@ -1,0 +1,180 @@
+"""A folder that holds a memory: what it is, its weights, and the updates since.
+
+    memory_config.json              format, base model and MemoryConfig; written last
+    memory.safetensors              queries, keys, gates; rows written before the first update
+    base.<pool>.safetensors         read-only values behind a pool, if it has any (memory-mapped)
+    background_usage.safetensors    counts (slots/usage.py)
+    deltas/000001.safetensors ...   one file per update, applied in this order
+
+The state is the first plus the deltas: to learn is to add one file, to undo is to take it away.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import sparsemem.memory.base_model as base_models
+from sparsemem.config import MemoryConfig, from_json, to_json
+from sparsemem.errors import CheckpointError, ConfigError, MissingFileError
+from sparsemem.files import check_format, read_json, read_tensors, write_json, write_tensors
+from sparsemem.memory.attach import attach_memory, memory_config, memory_layers, pools, unwrapped
+from sparsemem.memory.delta import SparseDelta
+
+CONFIG_FILE = "memory_config.json"
+WEIGHTS_FILE = "memory.safetensors"
+DELTAS_FOLDER = "deltas"
+FORMAT = "sparsemem-memory"
+FORMAT_VERSION = 1
+
+
+def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> None:
+    """Save a model's memory with all rows it has now; the base model itself is only named.
+
+    Args:
+        model: A model with a memory.
+        path: A folder that is empty or does not exist.
+        base_model: How to find the base model again; by default the name it was loaded by.
+
+    Raises:
+        OutputError: The folder is not empty or could not be written.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"{path} is not empty; choose another folder (updates are added by a DeltaStore)")
+    hf_model = unwrapped(model)
+    tensors: dict[str, Tensor] = {}
+    for layer in memory_layers(model):
+        prefix = f"layers.{layer.block_index}"
+        tensors.update({f"{prefix}.{n}": p for n, p in layer.named_parameters() if not n.startswith("pool.")})
+    bases = {}
+    for name, pool in pools(model).items():
+        tensors[f"pools.{name}.slot_ids"] = pool.row_slot_ids
+        tensors[f"pools.{name}.rows"] = pool.rows
+        if pool.base is not None:
+            bases[name] = f"base.{name}.safetensors"
+            write_tensors(path / bases[name], {"values": pool.base}, FORMAT, FORMAT_VERSION, {})
+    write_tensors(path / WEIGHTS_FILE, tensors, FORMAT, FORMAT_VERSION, {})
+    write_json(
+        path / CONFIG_FILE,
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "base_model": base_model or hf_model.name_or_path,
+            "base_fingerprint": base_models.fingerprint(hf_model),
+            "bases": bases,
+            "memory": to_json(memory_config(model)),
+        },
+    )
+
+
+def load(
+    path: str | Path, base_model: str | Any | None = None, *, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Rebuild a model with its memory and everything it learned.
+
+    Args:
+        path: A folder made by `save` or `sparsemem attach`, or the Hub id of one.
+        base_model: Name of the base model, or the loaded model itself (it is changed in place), if
+            it is no longer where it was when the memory was saved.
+        dtype: Of the base model's weights, where it is loaded here.
+
+    Returns:
+        Model in evaluation mode, and tokenizer (None if a loaded model was passed).
+
+    Raises:
+        MissingFileError: The folder or the base model is not there.
+        CheckpointError: A file is damaged, foreign or of a newer format.
+        ModelMismatchError: The base model is another one.
+    """
+    folder = local_folder(path)
+    header = read_header(folder)
+    config = from_json(MemoryConfig, header["memory"], folder / CONFIG_FILE)
+    tensors, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
+    bases = {name: _mapped(folder / file) for name, file in header.get("bases", {}).items()}
+    if base_model is None or isinstance(base_model, str):
+        model, tokenizer = base_models.load_base_model(base_model or header["base_model"], dtype=dtype)
+    else:
+        model, tokenizer = base_model, None
+    base_models.check_fingerprint(model, header["base_fingerprint"], folder)
+    attach_memory(model, config, bases)
+    _fill(model, tensors, folder / WEIGHTS_FILE)
+    for delta_path in delta_paths(folder):
+        SparseDelta.load(delta_path)[0].apply(pools(model))
+    return model, tokenizer
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """Read and check `memory_config.json`; raises as `load` does."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise MissingFileError(
+            f"{folder} holds no {CONFIG_FILE}; make it with: sparsemem attach MODEL --out {folder}"
+        )
+    header = read_json(folder / CONFIG_FILE)
+    check_format(folder / CONFIG_FILE, header, FORMAT, FORMAT_VERSION)
+    missing = {"base_model", "base_fingerprint", "memory"} - set(header)
+    if missing:
+        raise CheckpointError(f"{folder / CONFIG_FILE} lacks {sorted(missing)[0]!r}; restore it from a copy")
+    return header
+
+
+def delta_paths(folder: Path) -> list[Path]:
+    """List the updates of a folder, oldest first."""
+    named = [p for p in folder.glob(f"{DELTAS_FOLDER}/*.safetensors") if re.fullmatch(r"\d{6}", p.stem)]
+    return sorted(named)
+
+
+def local_folder(path: str | Path) -> Path:
+    """Return a folder itself, or the local copy of a Hub repository of that name."""
+    if Path(path).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MissingFileError(
+            f"{path} is neither a local folder nor a Hub repository that could be fetched: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    used = set()
+    for layer in memory_layers(model):
+        for name, parameter in layer.named_parameters():
+            if not name.startswith("pool."):
+                key = f"layers.{layer.block_index}.{name}"
+                used.add(key)
+                parameter.copy_(_expect(tensors, key, parameter.shape, path))
+    for name, pool in pools(model).items():
+        keys = f"pools.{name}.slot_ids", f"pools.{name}.rows"
+        used.update(keys)
+        slot_ids = _expect(tensors, keys[0], None, path)
+        rows = _expect(tensors, keys[1], (len(slot_ids), pool.value_dim), path)
+        pool.write(slot_ids, rows)
+    if extra := set(tensors) - used:
+        raise CheckpointError(f"{path} holds {sorted(extra)[0]!r}, which {CONFIG_FILE} does not account for")
+
+
+def _expect(tensors: dict[str, Tensor], key: str, shape: Any, path: Path) -> Tensor:
+    if key not in tensors or (shape is not None and tensors[key].shape != torch.Size(shape)):
+        found = tuple(tensors[key].shape) if key in tensors else "missing"
+        wanted = "" if shape is None else f", {CONFIG_FILE} wants {tuple(shape)}"
+        raise CheckpointError(f"{path}: {key} is {found}{wanted}; restore it from a copy")
+    return tensors[key]
+
+
+def _mapped(path: Path) -> Tensor:
+    """Open a base table without reading it: the pages that are read are the rows that are hit."""
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; the pool's base values are missing")
+    with safe_open(path, framework="pt") as file:
+        check_format(path, file.metadata() or {}, FORMAT, FORMAT_VERSION)
+        values: Tensor = file.get_tensor("values")
+        return values

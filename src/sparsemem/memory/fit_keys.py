@@ -1,0 +1,210 @@
+"""Fit queries and keys to data, so that a name reads the same slots in every context.
+
+Shape letters: T tokens, H heads, N sub-keys, Q half key dim, D width, C classes.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sparsemem.encode import token_batches
+from sparsemem.errors import ConfigError, DataError
+from sparsemem.memory.attach import memory_layers, observe_reads
+from sparsemem.memory.layer import MemoryLayer, init_memory
+from sparsemem.prompts import background_documents
+
+KeyFit = Literal["random", "k_means", "context_invariant"]
+
+
+def fit_keys(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str],
+    method: KeyFit = "context_invariant",
+    *,
+    num_tokens: int = 100_000,
+    temperature: float = 1.0,
+    prompt_formats: bool = True,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Fit the queries and keys of every memory layer to the hidden states of some texts.
+
+    "k_means" projects the hidden states on their principal components and clusters each half.
+    "context_invariant" first whitens them by the covariance within occurrences of one token in
+    different contexts and keeps the directions in which tokens differ most beyond that (a linear
+    discriminant, Fisher 1936), so that what surrounds a name hardly changes which slots it reads.
+    Heads get interleaved components, each cut in two halves.
+
+    Args:
+        model: A model with a memory.
+        tokenizer: Its tokenizer.
+        texts: Background texts.
+        method: "random", "k_means" or "context_invariant".
+        num_tokens: Tokens to use; fewer if the texts end.
+        temperature: Divides the scores before the softmax over the slots read.
+        prompt_formats: Put two thirds of the texts into this product's own prompts.
+        seed: Seed of the clustering and the random keys.
+        on_step: Called with (tokens read, `num_tokens`).
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: `method` is unknown or the memory's queries are wider than the model.
+        DataError: The texts have too few tokens to fit num_keys sub-keys.
+    """
+    if method not in get_args(KeyFit):
+        raise ConfigError(f"keys={method!r} is unknown; use one of {', '.join(get_args(KeyFit))}")
+    generator = torch.Generator().manual_seed(seed)
+    layers = list(memory_layers(model))
+    if method == "random":
+        for layer in layers:
+            init_memory(layer, generator)
+        return model
+    documents = background_documents(texts, tokenizer) if prompt_formats else texts
+    inputs = _collect_inputs(model, tokenizer, documents, num_tokens, layers, on_step)
+    for layer, (hidden_TD, classes_T) in zip(layers, inputs, strict=True):
+        if method == "context_invariant":
+            mean_D, components_DC = context_invariant_components(hidden_TD, classes_T)
+        else:
+            mean_D, components_DC = principal_components(hidden_TD)
+        _set_queries(layer, mean_D, components_DC, temperature)
+        _set_keys(layer, balanced_sample(hidden_TD, classes_T, generator), generator)
+    return model
+
+
+def principal_components(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean (D,) and components (D, D), scaled to unit variance overall, strongest first."""
+    mean_D = hidden_TD.mean(dim=0)
+    centred_TD = hidden_TD - mean_D
+    values_D, vectors_DD = torch.linalg.eigh(centred_TD.T @ centred_TD / len(hidden_TD))
+    return mean_D, vectors_DD.flip(1) / values_D.mean().sqrt()
+
+
+def context_invariant_components(hidden_TD: Tensor, classes_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the directions in which tokens differ beyond what their context does to them.
+
+    Args:
+        hidden_TD: Hidden states, shape (tokens, hidden_size).
+        classes_T: Class of each, shape (tokens,): here the token itself.
+
+    Returns:
+        Mean (D,) and components (D, D): the discriminant directions, strongest first, in units of
+        the standard deviation within a class.
+    """
+    mean_D = hidden_TD.mean(dim=0)
+    _, class_T, sizes_C = classes_T.unique(return_inverse=True, return_counts=True)
+    class_sums_CD = torch.zeros(len(sizes_C), hidden_TD.shape[1]).index_add_(0, class_T, hidden_TD)
+    class_means_CD = class_sums_CD / sizes_C.unsqueeze(1)
+    # A token seen once says nothing about what context does to it. Each class counts by the root of
+    # its size: "the" must not decide alone what context means.
+    repeated_T = sizes_C[class_T] > 1
+    scale_T = (sizes_C[class_T].float() - 1).clamp(min=1).rsqrt().sqrt()
+    within_TD = ((hidden_TD - class_means_CD[class_T]) * scale_T.unsqueeze(1))[repeated_T]
+    within_DD = within_TD.T @ within_TD / (scale_T[repeated_T] ** 2).sum()
+    between_CD = class_means_CD - class_means_CD.mean(dim=0)
+    between_DD = between_CD.T @ between_CD / len(sizes_C)
+    # Shrunk towards the identity: the smallest directions of a sample covariance are noise.
+    ridge = 1e-2 * within_DD.diagonal().mean()
+    whiten_DD = _inverse_root(within_DD + ridge * torch.eye(len(within_DD)))
+    _, vectors_DD = torch.linalg.eigh(whiten_DD @ between_DD @ whiten_DD)
+    return mean_D, whiten_DD @ vectors_DD.flip(1)
+
+
+def k_means(points_TQ: Tensor, num_clusters: int, generator: torch.Generator, steps: int = 10) -> Tensor:
+    """Cluster points by Lloyd's algorithm; returns centres (num_clusters, Q)."""
+    start = torch.randperm(len(points_TQ), generator=generator)[:num_clusters]
+    centres_NQ = points_TQ[start].clone()
+    for _ in range(steps):
+        nearest_T = (points_TQ @ centres_NQ.T - centres_NQ.square().sum(1) / 2).argmax(dim=1)
+        sizes_N = torch.bincount(nearest_T, minlength=num_clusters)
+        sums_NQ = torch.zeros_like(centres_NQ).index_add_(0, nearest_T, points_TQ)
+        filled_N = sizes_N > 0
+        centres_NQ[filled_N] = sums_NQ[filled_N] / sizes_N[filled_N].unsqueeze(1)
+    return centres_NQ
+
+
+def balanced_sample(
+    hidden_TD: Tensor, classes_T: Tensor, generator: torch.Generator, per_class: int = 4
+) -> Tensor:
+    """Keep at most `per_class` states of each token, so that clusters go to rare tokens too."""
+    order_T = torch.randperm(len(classes_T), generator=generator)
+    shuffled_T = classes_T[order_T]
+    by_class_T = shuffled_T.argsort(stable=True)
+    sorted_T = shuffled_T[by_class_T]
+    first_T = torch.searchsorted(sorted_T, sorted_T)
+    rank_T = torch.arange(len(sorted_T)) - first_T
+    return hidden_TD[order_T[by_class_T[rank_T < per_class]]]
+
+
+def _collect_inputs(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str],
+    num_tokens: int,
+    layers: list[MemoryLayer],
+    on_step: Callable[[int, int], None] | None,
+) -> list[tuple[Tensor, Tensor]]:
+    hidden: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
+    classes: list[Tensor] = []
+    collected = 0
+    for batch in token_batches(tokenizer, texts, device=next(model.parameters()).device):
+        # The first position of a sequence is an outlier in every model (an attention sink).
+        kept = batch["attention_mask"].bool().clone()
+        kept[:, 0] = False
+
+        def keep(layer: MemoryLayer, states: Tensor, _slots: Tensor, kept: Tensor = kept) -> None:
+            hidden[layer.block_index].append(states[kept].float().cpu())
+
+        observe_reads(model, keep, **batch)
+        classes.append(batch["input_ids"][kept].cpu())
+        collected += int(kept.sum())
+        if on_step:
+            on_step(min(collected, num_tokens), num_tokens)
+        if collected >= num_tokens:
+            break
+    needed = max(layer.num_keys for layer in layers)
+    if collected < needed:
+        raise DataError(
+            f"the background has {collected} tokens, too few to fit {needed} sub-keys; "
+            "give more text, or fewer num_keys"
+        )
+    return [(torch.cat(hidden[layer.block_index]), torch.cat(classes)) for layer in layers]
+
+
+@torch.no_grad()
+def _set_queries(layer: MemoryLayer, mean_D: Tensor, components_DC: Tensor, temperature: float) -> None:
+    parts, width = layer.num_heads * 2, layer.query.out_features
+    if width > components_DC.shape[1]:
+        raise ConfigError(
+            f"num_heads * 2 * query_dim = {width} exceeds the model's width {components_DC.shape[1]}; "
+            "lower query_dim or num_heads"
+        )
+    # Part p gets components p, p + parts, ...: all parts are equally informative.
+    order = torch.arange(width).view(layer.query_dim, parts).T.flatten()
+    weight = components_DC[:, order].T / math.sqrt(temperature)
+    layer.query.weight.copy_(weight)
+    layer.query.bias.copy_(-weight @ mean_D)
+
+
+@torch.no_grad()
+def _set_keys(layer: MemoryLayer, hidden_TD: Tensor, generator: torch.Generator) -> None:
+    device = layer.keys.device
+    queries = torch.cat([layer.query(part.to(device)).cpu() for part in hidden_TD.split(8192)])
+    queries_TH2Q = queries.view(-1, layer.num_heads, 2, layer.query_dim)
+    for head in range(layer.num_heads):
+        for half in range(2):
+            centres_NQ = k_means(queries_TH2Q[:, head, half].contiguous(), layer.num_keys, generator)
+            layer.keys[head, half] = centres_NQ.to(device)
+            # q.k - |k|^2 / 2 ranks by Euclidean distance, as k-means does.
+            layer.key_bias[head, half] = (-centres_NQ.square().sum(1) / 2).to(device)
+
+
+def _inverse_root(matrix_DD: Tensor) -> Tensor:
+    values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
+    root_DD: Tensor = (vectors_DD * values_D.clamp(min=1e-12).rsqrt()) @ vectors_DD.T
+    return root_DD

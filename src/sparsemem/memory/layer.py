@@ -1,0 +1,119 @@
+"""The memory layer: a hidden state asks, the pool answers.
+
+Shape letters: T tokens, H heads, N sub-keys per half, K top-k, Q half key dim, V value dim, D width.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from sparsemem.memory.lookup import product_key_top_k, sub_key_scores
+from sparsemem.memory.pool import Pool
+
+Placement = Literal["add", "replace"]
+
+BeforeRead = Callable[["MemoryLayer", Tensor, Tensor], None]
+"""Called with (layer, hidden (batch, tokens, hidden_size), slot ids (batch, tokens, heads, top_k)) once
+the reads are known and before a row is touched: here usage is counted and slots are chosen."""
+
+
+class MemoryLayer(nn.Module):
+    """A sparse key-value memory over a hidden state.
+
+    `y = sum_i softmax(scores)_i v_i` over the top-k slots of each head, heads summed. With
+    `placement="add"` the output is y, to be added beside the feed-forward network; with "replace" it
+    is the gated `(y * silu(x W1)) W2` of Memory+ (Berges et al. 2024, arXiv:2412.09764), which takes
+    the network's place. Queries, keys and rows are float32 whatever the backbone's dtype, so that
+    the same hidden state always reads the same slots.
+
+    Args:
+        hidden_size: Width D of the model.
+        pool: Values to read; may be shared with other layers.
+        num_keys: Sub-keys per half; the pool has num_keys**2 slots.
+        num_heads: Independent lookups per token.
+        top_k: Slots read per head.
+        query_dim: Width of half a key.
+        placement: "add" or "replace".
+        block_index: The block it sits in.
+        pool_name: Name of the pool in usage, deltas and files; layers that share a pool share it.
+    """
+
+    keys: nn.Parameter
+    key_bias: nn.Parameter
+
+    def __init__(
+        self,
+        hidden_size: int,
+        pool: Pool,
+        *,
+        num_keys: int,
+        num_heads: int,
+        top_k: int,
+        query_dim: int,
+        placement: Placement = "add",
+        block_index: int = 0,
+        pool_name: str = "pool",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_keys, self.top_k, self.query_dim = num_heads, num_keys, top_k, query_dim
+        self.pool = pool
+        self.block_index, self.pool_name = block_index, pool_name
+        self.query = nn.Linear(hidden_size, num_heads * 2 * query_dim)
+        self.keys = nn.Parameter(torch.randn(num_heads, 2, num_keys, query_dim) / math.sqrt(query_dim))
+        self.key_bias = nn.Parameter(torch.zeros(num_heads, 2, num_keys))
+        self.gate = nn.Linear(hidden_size, pool.value_dim, bias=False) if placement == "replace" else None
+        self.out = nn.Linear(pool.value_dim, hidden_size, bias=False) if placement == "replace" else None
+        self.beside: Any = None
+        """The hooks that join the output to the feed-forward network's, where placement is "add"."""
+        self.replaced: list[nn.Module] = []
+        """The feed-forward network whose place was taken, where placement is "replace"."""
+        self.before_read: BeforeRead | None = None
+
+    def lookup(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the slots each token reads; shapes (..., heads, top_k), weights float32 and summing to 1."""
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
+        queries_TH2Q = self.query(hidden_TD).view(-1, self.num_heads, 2, self.query_dim)
+        scores_TH2N = sub_key_scores(queries_TH2Q, self.keys, self.key_bias)
+        scores_THK, slot_ids_THK = product_key_top_k(scores_TH2N, self.top_k)
+        shape = (*hidden.shape[:-1], self.num_heads, self.top_k)
+        return slot_ids_THK.view(shape), scores_THK.softmax(dim=-1).view(shape)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Answer every position of (..., hidden_size) in the same shape and dtype."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            slot_ids, weights = self.lookup(hidden)
+            if self.before_read is not None:
+                self.before_read(self, hidden, slot_ids)
+            reads = self.num_heads * self.top_k
+            y_TV = self.pool.read(slot_ids.view(-1, reads), weights.reshape(-1, reads))
+            if self.gate is not None and self.out is not None:
+                hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
+                y_TV = self.out(y_TV * silu(self.gate(hidden_TD)))
+        return y_TV.view(hidden.shape).to(hidden.dtype)
+
+    def is_silent(self) -> bool:
+        """Whether the output is known to be zero, so that nothing needs to be computed."""
+        return self.gate is None and self.before_read is None and self.pool.is_empty()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryLayer":
+        # As in the pool: a model cast to bfloat16 must go on reading the very same slots.
+        dtypes = {name: p.data for name, p in self.named_parameters()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self.named_parameters():
+            parameter.data = dtypes[name].to(parameter.device)
+        return self
+
+
+def init_memory(layer: MemoryLayer, generator: torch.Generator) -> None:
+    """Draw queries, keys and gates at random, the same for the same generator."""
+    with torch.no_grad():
+        for linear in (layer.query, layer.gate, layer.out):
+            if linear is not None:
+                linear.weight.normal_(0.0, 1 / math.sqrt(linear.in_features), generator=generator)
+        layer.query.bias.zero_()
+        layer.keys.normal_(0.0, 1 / math.sqrt(layer.query_dim), generator=generator)
+        layer.key_bias.zero_()

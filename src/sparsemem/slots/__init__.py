@@ -1,0 +1,1 @@
+"""Choose slots: how often each is read, which are worth training."""

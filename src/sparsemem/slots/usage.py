@@ -1,0 +1,203 @@
+"""Background usage: how often ordinary text reads each slot.
+
+Shape letters: S slots, C candidate slots.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsemem.encode import token_batches
+from sparsemem.errors import CheckpointError, DataError, PoolMismatchError
+from sparsemem.files import read_tensors, write_tensors
+from sparsemem.memory.attach import memory_layers, observe_reads, pools
+from sparsemem.memory.layer import MemoryLayer
+from sparsemem.prompts import background_documents
+
+USAGE_FILE = "background_usage.safetensors"
+FORMAT = "sparsemem-usage"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolUsage:
+    """Reads of one pool by the background, for all its slots or for some of them.
+
+    Args:
+        reads: Reads per slot, shape (slots,), int64.
+        document_frequency: Documents that read the slot at least once, shape (slots,), int64.
+        num_documents: Documents counted; a document is one background batch.
+        total_reads: Reads of all slots of the pool.
+        num_slots: Slots of the pool.
+    """
+
+    reads: Tensor
+    document_frequency: Tensor
+    num_documents: int
+    total_reads: int
+    num_slots: int
+
+    def take(self, slot_ids: Tensor) -> "PoolUsage":
+        """Restrict the counts to some slots; the totals stay those of the pool."""
+        slot_ids = slot_ids.to(self.reads.device)
+        return dataclasses.replace(
+            self, reads=self.reads[slot_ids], document_frequency=self.document_frequency[slot_ids]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Background usage of every pool of a model.
+
+    Args:
+        pools: Usage by pool name.
+        token_document_frequency: Documents that contain each token, shape (vocabulary,), int64.
+        num_documents: Documents counted.
+        num_tokens: Tokens counted, padding excluded.
+        keys_digest: Which queries and keys made the reads.
+    """
+
+    pools: dict[str, PoolUsage]
+    token_document_frequency: Tensor
+    num_documents: int
+    num_tokens: int
+    keys_digest: str
+
+    def check(self, model: nn.Module) -> None:
+        """Raise PoolMismatchError unless this usage was counted on the memory `model` has now."""
+        if self.keys_digest != keys_digest(model):
+            raise PoolMismatchError(
+                f"usage was counted with keys {self.keys_digest[:12]}, the memory has "
+                f"{keys_digest(model)[:12]}; count_usage(...) again after attaching or fitting keys"
+            )
+
+
+def count_usage(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    num_documents: int = 1000,
+    max_length: int = 256,
+    prompt_formats: bool = True,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Usage:
+    """Count how often background text reads each slot.
+
+    Lin et al. 2025 (arXiv:2510.15103) count over 1,000 random pretraining batches. Here a document
+    is one text of at most `max_length` tokens.
+
+    Args:
+        model: A model with a memory, keys fitted.
+        tokenizer: Its tokenizer.
+        texts: Background texts, one document each.
+        num_documents: Documents to count; fewer if the texts end.
+        max_length: Tokens per document.
+        prompt_formats: Put two thirds of the texts into this product's own prompts, so that their
+            template does not look rare.
+        on_step: Called with (documents counted, `num_documents`).
+
+    Raises:
+        DataError: There is no text.
+    """
+    documents = background_documents(texts, tokenizer) if prompt_formats else texts
+    num_slots = {name: pool.num_slots for name, pool in pools(model).items()}
+    reads = {name: torch.zeros(size, dtype=torch.int64) for name, size in num_slots.items()}
+    frequency = {name: torch.zeros(size, dtype=torch.int64) for name, size in num_slots.items()}
+    token_frequency = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.int64)
+    counted = num_tokens = 0
+    device = next(model.parameters()).device
+    for batch in token_batches(tokenizer, documents, max_length=max_length, device=device):
+        batch = {key: value[: num_documents - counted] for key, value in batch.items()}
+        mask = batch["attention_mask"].bool()
+        rows = torch.arange(len(mask), device=device).unsqueeze(1).expand_as(mask)[mask]
+        seen: dict[str, list[Tensor]] = {name: [] for name in reads}
+
+        def keep(layer: MemoryLayer, _hidden: Tensor, slot_ids: Tensor) -> None:
+            real = slot_ids[mask].flatten(1)  # noqa: B023 - called within this turn of the loop
+            keyed = real + rows.unsqueeze(1) * layer.pool.num_slots  # noqa: B023
+            seen[layer.pool_name].append(keyed.flatten())  # noqa: B023
+
+        observe_reads(model, keep, **batch)
+        for name, parts in seen.items():
+            # Document number and slot in one integer, so that one sort counts both statistics.
+            keyed, times = torch.cat(parts).cpu().unique(return_counts=True)
+            slot_ids = keyed % num_slots[name]
+            reads[name].index_add_(0, slot_ids, times)
+            frequency[name].index_add_(0, slot_ids, torch.ones_like(times))
+        tokens = (rows * len(token_frequency) + batch["input_ids"][mask]).cpu().unique()
+        token_frequency += torch.bincount(tokens % len(token_frequency), minlength=len(token_frequency))
+        counted += len(mask)
+        num_tokens += int(mask.sum())
+        if on_step:
+            on_step(counted, num_documents)
+        if counted >= num_documents:
+            break
+    if not counted:
+        raise DataError("the background has no text; give at least some hundred documents")
+    return Usage(
+        pools={
+            name: PoolUsage(reads[name], frequency[name], counted, int(reads[name].sum()), size)
+            for name, size in num_slots.items()
+        },
+        token_document_frequency=token_frequency,
+        num_documents=counted,
+        num_tokens=num_tokens,
+        keys_digest=keys_digest(model),
+    )
+
+
+def keys_digest(model: nn.Module) -> str:
+    """Digest of all that decides which slots are read: queries, keys, top-k and place of each layer."""
+    digest = hashlib.sha256()
+    for layer in memory_layers(model):
+        place = (layer.block_index, layer.pool_name, layer.top_k)
+        digest.update(repr(place).encode())
+        for part in (layer.query.weight, layer.query.bias, layer.keys, layer.key_bias):
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_usage(usage: Usage, path: Path) -> None:
+    """Write usage as a safetensors file, atomically; raises OutputError."""
+    tensors = {"token_document_frequency": usage.token_document_frequency}
+    for name, pool in usage.pools.items():
+        tensors[f"reads.{name}"] = pool.reads
+        tensors[f"document_frequency.{name}"] = pool.document_frequency
+    header = {
+        "num_documents": str(usage.num_documents),
+        "num_tokens": str(usage.num_tokens),
+        "keys_digest": usage.keys_digest,
+    }
+    write_tensors(path, tensors, FORMAT, FORMAT_VERSION, header)
+
+
+def load_usage(path: Path) -> Usage:
+    """Read usage.
+
+    Raises:
+        MissingFileError: There is no such file.
+        CheckpointError: It is damaged, foreign or of a newer format.
+    """
+    tensors, header = read_tensors(path, FORMAT, FORMAT_VERSION)
+    names = [key.partition(".")[2] for key in tensors if key.startswith("reads.")]
+    try:
+        num_documents = int(header["num_documents"])
+        pool_usages = {}
+        for name in names:
+            reads, frequency = tensors[f"reads.{name}"], tensors[f"document_frequency.{name}"]
+            pool_usages[name] = PoolUsage(reads, frequency, num_documents, int(reads.sum()), len(reads))
+        return Usage(
+            pools=pool_usages,
+            token_document_frequency=tensors["token_document_frequency"],
+            num_documents=num_documents,
+            num_tokens=int(header["num_tokens"]),
+            keys_digest=header["keys_digest"],
+        )
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid usage: {error}; count it again with attach") from error

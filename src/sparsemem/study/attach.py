@@ -1,0 +1,67 @@
+"""Attach a memory to a model and keep it in a folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsemem import console
+from sparsemem.config import MemoryConfig
+from sparsemem.data import load_texts
+from sparsemem.errors import OutputError
+from sparsemem.files import new_folder
+from sparsemem.memory.attach import attach_memory, memory_layers
+from sparsemem.memory.base_model import load_base_model
+from sparsemem.memory.checkpoint import save
+from sparsemem.memory.fit_keys import KeyFit, fit_keys
+from sparsemem.slots.usage import USAGE_FILE, count_usage, save_usage
+
+
+def attach_to_folder(
+    model_name: str,
+    background: Sequence[str],
+    out: str | Path,
+    config: MemoryConfig | None = None,
+    *,
+    keys: KeyFit = "context_invariant",
+    num_tokens: int = 100_000,
+    num_documents: int = 1000,
+) -> dict[str, Any]:
+    """Insert a memory, fit its keys, count background usage, and write all of it to a new folder.
+
+    Args:
+        model_name: Hub id, local folder or GGUF file.
+        background: Sources of ordinary text: files or Hub data sets.
+        out: The folder to make.
+        config: Shape and place of the memory.
+        keys: How keys are fitted.
+        num_tokens: Tokens to fit them on.
+        num_documents: Documents to count usage over.
+
+    Returns:
+        What was made, as plain JSON values.
+
+    Raises:
+        SparsememError: Something given is not usable; nothing was written.
+    """
+    config, out = config or MemoryConfig(), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists already; choose another folder or remove it")
+    texts = [text for source in background for text in load_texts(source)]
+    with console.progress(f"load {model_name}"):
+        model, tokenizer = load_base_model(model_name)
+        attach_memory(model, config)
+    with console.progress(f"fit keys ({keys})") as step:
+        fit_keys(model, tokenizer, texts, keys, num_tokens=num_tokens, on_step=step)
+    with console.progress("count background usage") as step:
+        usage = count_usage(model, tokenizer, texts, num_documents=num_documents, on_step=step)
+    with new_folder(out) as folder:
+        save(model, folder)
+        save_usage(usage, folder / USAGE_FILE)
+    return {
+        "folder": str(out),
+        "base_model": model_name,
+        "layers": [layer.block_index for layer in memory_layers(model)],
+        "num_slots": config.num_slots,
+        "num_documents": usage.num_documents,
+        "num_tokens": usage.num_tokens,
+    }

@@ -1,0 +1,189 @@
+"""One measured update: evaluate, train, evaluate again, commit, report."""
+
+import os
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsemem import console
+from sparsemem.config import FinetuneConfig
+from sparsemem.data import Fact, load_facts
+from sparsemem.errors import ConfigError, DataError, OutputError
+from sparsemem.evaluation.evaluate import Evaluation, compare, evaluate, fact_values
+from sparsemem.evaluation.probes import Probe, load_probe, load_probes
+from sparsemem.files import new_folder
+from sparsemem.memory.attach import memory_layers, pools
+from sparsemem.memory.checkpoint import delta_paths, load, read_header
+from sparsemem.prompts import PromptFormat
+from sparsemem.slots.usage import USAGE_FILE, load_usage
+from sparsemem.store.deltas import DeltaStore
+from sparsemem.training.finetune import FinetuneResult, finetune
+
+BUILT_IN_PROBE = "general_knowledge"
+
+
+def learn(
+    folder: str | Path,
+    facts: str | Path | Sequence[Fact],
+    *,
+    probes: Sequence[str] | None = None,
+    config: FinetuneConfig | None = None,
+    message: str = "",
+    prompt: PromptFormat = "qa",
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Teach the model of a folder some facts, and measure what it learned and what it forgot.
+
+    Args:
+        folder: A memory folder.
+        facts: Facts, or where to read them.
+        probes: What must not be forgotten, as "name=source"; by default 160 built-in questions of
+            general knowledge, and nothing if the sequence is empty.
+        config: How to train. method="memory" commits a delta to the folder; the others are
+            baselines, which leave the folder as it is.
+        message: What this update is.
+        prompt: How questions are asked.
+        out: Folder to save a baseline's model or adapter to.
+
+    Returns:
+        The report, as plain JSON values; `memory` methods also `update`, its number.
+
+    Raises:
+        SparsememError: Something given is not usable, or the run failed; the folder is as it was.
+    """
+    config, folder = config or FinetuneConfig(), Path(folder)
+    read_header(folder)
+    if config.method == "memory" and out:
+        raise ConfigError(f"out={out} is for baselines; method='memory' commits its delta to {folder}")
+    if config.method == "memory" and not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder} is not writable, so nothing could be committed; change its rights")
+    fact_list = (
+        list(facts) if isinstance(facts, Sequence) and not isinstance(facts, str) else load_facts(facts)
+    )
+    if not fact_list:
+        raise DataError("there are no facts; give at least one")
+    probe_list = resolve_probes(probes)
+    usage = load_usage(folder / USAGE_FILE)
+    with console.progress(f"load {folder}"):
+        num_updates = len(delta_paths(folder))
+        model, tokenizer = load(folder)
+        usage.check(model)
+        num_base = num_base_values(model)
+    before = _evaluate("measure before", model, tokenizer, fact_list, probe_list, prompt)
+    started = time.perf_counter()
+    with console.progress(f"learn {len(fact_list)} facts") as step:
+        result = finetune(
+            model,
+            tokenizer,
+            fact_list,
+            usage,
+            config,
+            on_step=lambda done, total, loss: step(done, total, f"loss {loss:.3f}"),
+        )
+    seconds = time.perf_counter() - started
+    after = _evaluate("measure after", result.model, tokenizer, fact_list, probe_list, prompt)
+    report = {
+        **compare(before, after),
+        **_size(result, num_base),
+        "seconds": round(seconds, 1),
+        "method": config.method,
+        "seed": config.seed,
+        "prompt": prompt,
+        "final_loss": result.losses[-1],
+        "message": message,
+    }
+    if result.delta is not None:
+        update = DeltaStore(folder).commit(result.delta, message, report, after=num_updates)
+        report.update(update=update.number, delta_bytes=update.path.stat().st_size, digest=update.digest)
+    elif out:
+        with new_folder(Path(out)) as temporary:
+            result.model.save_pretrained(temporary)  # type: ignore[operator]
+            tokenizer.save_pretrained(temporary)
+        report["out"] = str(out)
+    return report
+
+
+def evaluate_folder(
+    folder: str | Path,
+    *,
+    facts: str | Path | None = None,
+    probes: Sequence[str] | None = None,
+    prompt: PromptFormat = "qa",
+) -> dict[str, Any]:
+    """Measure the model of a folder as it is; facts and probes as in `learn`.
+
+    Returns:
+        `facts`, and `probes` with metric, value and num by name, as plain JSON values.
+    """
+    folder = Path(folder)
+    read_header(folder)
+    fact_list = load_facts(facts) if facts else []
+    probe_list = resolve_probes(probes)
+    started = time.perf_counter()
+    with console.progress(f"load {folder}"):
+        model, tokenizer = load(folder)
+    scores = _evaluate("measure", model, tokenizer, fact_list, probe_list, prompt)
+    trained = {name: pool.num_rows for name, pool in pools(model).items()}
+    num_values = sum(pool.rows.numel() for pool in pools(model).values())
+    return {
+        "facts": fact_values(scores.facts),
+        "probes": {
+            name: {"metric": score.metric, "value": score.value, "num": score.num}
+            for name, score in scores.probes.items()
+        },
+        "num_slots_trained": sum(trained.values()),
+        "changed_fraction": num_values / num_base_values(model),
+        "delta_bytes": sum(path.stat().st_size for path in delta_paths(folder)),
+        "seconds": round(time.perf_counter() - started, 1),
+        "method": "memory",
+        "seed": None,
+        "prompt": prompt,
+    }
+
+
+def resolve_probes(specs: Sequence[str] | None) -> list[Probe]:
+    """Load probes by their specs, or the built-in one if none were given."""
+    if specs is not None:
+        return load_probes(specs)
+    return [load_probe(BUILT_IN_PROBE, built_in_probe())]
+
+
+def built_in_probe() -> str:
+    """Path of the built-in questions."""
+    return str(files("sparsemem.evaluation") / f"{BUILT_IN_PROBE}.jsonl")
+
+
+def num_base_values(model: nn.Module) -> int:
+    """Count the weights of the model under the memory."""
+    memory = {id(p) for layer in memory_layers(model) for p in layer.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in memory)
+
+
+def _size(result: FinetuneResult, num_base: int) -> dict[str, Any]:
+    return {
+        "num_slots_trained": result.delta.num_slots_trained if result.delta else 0,
+        "num_trained": result.num_trained,
+        "changed_fraction": result.num_trained / num_base,
+        # Of a baseline: its trained weights in float32. A committed delta's is its file's size.
+        "delta_bytes": 4 * result.num_trained,
+    }
+
+
+def _evaluate(
+    title: str,
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    probes: Sequence[Probe],
+    prompt: PromptFormat,
+) -> Evaluation:
+    total = len(probes) + bool(facts)
+    with console.progress(title) as step:
+        done = iter(range(total + 1))
+        return evaluate(
+            model, tokenizer, facts, probes, prompt=prompt, on_part=lambda name: step(next(done), total, name)
+        )

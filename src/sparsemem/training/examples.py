@@ -1,0 +1,111 @@
+"""Facts to token sequences with labels, and with marks at the tokens of their subject."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsemem.data import Fact
+from sparsemem.encode import pad
+from sparsemem.likelihood import IGNORE
+from sparsemem.training.paraphrase import Wording
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One training sequence of a fact."""
+
+    fact_index: int
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    is_subject: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Padded examples; every tensor but `fact_index` has shape (examples, tokens)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    is_subject: Tensor
+    fact_index: Tensor
+    examples: tuple[Example, ...]
+
+    @property
+    def model_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of `likelihood.label_log_probs` behind the model."""
+        return self.input_ids, self.attention_mask, self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that are learned."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+
+def encode_wording(
+    tokenizer: Any,
+    fact_index: int,
+    fact: Fact,
+    wording: Wording,
+    subject: str | None,
+    loss_on: str,
+    max_length: int,
+) -> Example | None:
+    """Tokenize one wording of a fact; None if nothing of it would be learned.
+
+    With loss on the answer, labels are the tokens of the wording's target: what follows the prompt
+    of a question, or the last place of the answer in a statement. A statement without the answer,
+    and a document, are learned whole.
+    """
+    text = wording.context + wording.text
+    encoded = tokenizer(
+        text,
+        truncation=True,
+        max_length=max_length,
+        return_offsets_mapping=True,
+        add_special_tokens=wording.add_special_tokens,
+    )
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    start, end = len(wording.context), len(text)
+    if loss_on == "answer":
+        start, end = wording.target_span(fact) or (start, end)
+    labels = [
+        token if start < right and left < end and right > left else IGNORE
+        for token, (left, right) in zip(ids, offsets, strict=True)
+    ]
+    if all(label == IGNORE for label in labels[1:]):
+        return None
+    spans = occurrences(text, subject) if subject else []
+    is_subject = [
+        any(left < stop and begin < right and right > left for begin, stop in spans)
+        for left, right in offsets
+    ]
+    return Example(fact_index, tuple(ids), tuple(labels), tuple(is_subject))
+
+
+def occurrences(text: str, part: str) -> list[tuple[int, int]]:
+    """Find every place of `part` in `text`, ignoring case, as (start, end)."""
+    text, part = text.lower(), part.lower()
+    places, start = [], text.find(part)
+    while start >= 0:
+        places.append((start, start + len(part)))
+        start = text.find(part, start + len(part))
+    return places
+
+
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    """Pad examples on the right into a batch."""
+    padded = pad([list(example.input_ids) for example in examples])
+    labels = pad([list(example.labels) for example in examples], value=IGNORE)["input_ids"]
+    marks = pad([[int(m) for m in example.is_subject] for example in examples])["input_ids"]
+    return Batch(
+        input_ids=padded["input_ids"].to(device),
+        attention_mask=padded["attention_mask"].to(device),
+        labels=labels.to(device),
+        is_subject=marks.bool().to(device),
+        fact_index=torch.tensor([example.fact_index for example in examples], device=device),
+        examples=tuple(examples),
+    )

@@ -1,0 +1,224 @@
+"""What may move: the slots of a memory, all weights, or the weights of a PEFT adapter."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparsemem.config import FinetuneConfig
+from sparsemem.errors import ConfigError, MissingDependencyError
+from sparsemem.memory.attach import before_read, memory_layers, observe_reads, pools, unwrapped
+from sparsemem.memory.delta import DeltaRecorder, SparseDelta
+from sparsemem.memory.layer import MemoryLayer
+from sparsemem.slots.ranking import RANKINGS
+from sparsemem.slots.selection import select_slots
+from sparsemem.slots.usage import Usage
+from sparsemem.training.examples import Batch, Example
+from sparsemem.training.optim import SlotOptimizer
+from sparsemem.training.prefix import PrefixCache
+
+
+class SparseMemory:
+    """The method of this project: of all the model only the chosen slots move.
+
+    Args:
+        model: A model with a memory.
+        usage: Background usage of its pools.
+        config: Options; `ranking`, `top_t`, `anchor`, `optimizer` and their like.
+    """
+
+    def __init__(self, model: nn.Module, usage: Usage, config: FinetuneConfig) -> None:
+        usage.check(model)
+        self.model, self.usage, self.config = model, usage, config
+        self.pools = pools(model)
+        self.ranking = RANKINGS[config.ranking]
+        self.recorder = DeltaRecorder(self.pools)
+        self.cache = PrefixCache(model, config.prefix_cache_bytes)
+        num_layers = len(list(memory_layers(model)))
+        self.shares_pools = len(self.pools) < num_layers
+        # With one memory layer everything below the reads is frozen, so a batch always reads the same.
+        self.reads_are_fixed = num_layers == 1
+        self.selections: dict[tuple[tuple[Example, ...], ...], dict[str, Tensor]] = {}
+        self.frozen = [p for p in model.parameters() if p.requires_grad]
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+        model.eval()
+        self.optimizer: torch.optim.Optimizer = SlotOptimizer(
+            self.pools,
+            config.optimizer,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+
+    @contextlib.contextmanager
+    def step(self, parts: Sequence[Batch]) -> Iterator[None]:
+        """Within this context the parts of one optimizer step run, all with the same selection.
+
+        A batch in one part chooses inside its forward pass. Where reads of other parts, or of a
+        higher layer on the same pool, count too, they are collected in a pass that ends at the memory.
+        """
+        key = tuple(part.examples for part in parts)
+        chosen: set[str] = set()
+        if key in self.selections or len(parts) > 1 or self.shares_pools:
+            for name, slot_ids in (self.selections.get(key) or self._select_beforehand(parts)).items():
+                self._activate(name, slot_ids)
+                chosen.add(name)
+
+        def choose(layer: MemoryLayer, _hidden: Tensor, slot_ids: Tensor) -> None:
+            if layer.pool_name not in chosen:
+                chosen.add(layer.pool_name)
+                reads = [self._countable(parts[0], slot_ids)]
+                self._activate(layer.pool_name, self._select(layer.pool_name, reads))
+
+        with before_read(self.model, choose):
+            yield
+        if self.reads_are_fixed:
+            self.selections[key] = {
+                n: p.active_ids for n, p in self.pools.items() if p.active_ids is not None
+            }
+
+    @contextlib.contextmanager
+    def part(self, batch: Batch) -> Iterator[None]:
+        """Within this context a forward pass of `batch` runs only what can change."""
+        with self.cache.reuse(batch):
+            yield
+
+    def finish(self) -> SparseDelta:
+        """End the training and return what it changed."""
+        for pool in self.pools.values():
+            pool.deactivate()
+        return self.recorder.delta()
+
+    def close(self) -> None:
+        """Leave the model as trainable as it was found."""
+        for pool in self.pools.values():
+            pool.deactivate()
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+
+    def abort(self) -> None:
+        """Put every row back to what it was."""
+        self.finish().invert().apply(self.pools)
+
+    def num_trainable(self, delta: SparseDelta | None) -> int:
+        """Numbers that were changed."""
+        return delta.num_values if delta else 0
+
+    def _countable(self, batch: Batch, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reads that may be chosen, and the fact of each.
+
+        Padding never counts; where the selection is anchored only the subject's tokens do, unless a
+        fact has none anywhere in its wordings.
+        """
+        counts = batch.attention_mask.bool()
+        if self.config.anchor == "subject":
+            anchored = {e.fact_index for e in batch.examples if any(e.is_subject)}
+            has_subject = torch.tensor(
+                [e.fact_index in anchored for e in batch.examples], device=counts.device
+            )
+            counts = torch.where(has_subject.unsqueeze(1), batch.is_subject, counts)
+        facts = batch.fact_index.unsqueeze(1).expand_as(counts)[counts]
+        reads = slot_ids[counts].flatten(1)
+        return reads.flatten(), facts.repeat_interleave(reads.shape[1])
+
+    def _select_beforehand(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
+        for pool in self.pools.values():
+            pool.deactivate()
+        reads: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.pools}
+        for part in parts:
+
+            def collect(layer: MemoryLayer, _hidden: Tensor, slot_ids: Tensor, part: Batch = part) -> None:
+                reads[layer.pool_name].append(self._countable(part, slot_ids))
+
+            with self.cache.reuse(part):
+                observe_reads(
+                    self.model, collect, input_ids=part.input_ids, attention_mask=part.attention_mask
+                )
+        return {name: self._select(name, collected) for name, collected in reads.items()}
+
+    def _select(self, name: str, collected: list[tuple[Tensor, Tensor]]) -> Tensor:
+        reads, facts = (torch.cat(tensors) for tensors in zip(*collected, strict=True))
+        return select_slots(reads, facts, self.usage.pools[name], self.ranking, self.config.top_t)
+
+    def _activate(self, name: str, slot_ids: Tensor) -> None:
+        pool = self.pools[name]
+        # What the last step trained belongs to the overlay before its rows are recorded again.
+        pool.deactivate()
+        self.recorder.record(name, slot_ids)
+        pool.activate(slot_ids)
+
+
+class DenseWeights:
+    """Baselines: all weights of the base model, or an adapter of any PEFT type.
+
+    Args:
+        model: The model; a memory in it stays as it is.
+        config: Options; `method` is "full" or a PEFT type.
+    """
+
+    def __init__(self, model: nn.Module, config: FinetuneConfig) -> None:
+        memory = {id(p) for layer in memory_layers(model) for p in layer.parameters()}
+        if config.method == "full":
+            self.model = model
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) not in memory)
+        else:
+            self.model = _with_adapter(model, config)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.train()
+        kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+        self.optimizer: torch.optim.Optimizer = kinds[config.optimizer](
+            self.trained, lr=config.lr, weight_decay=config.weight_decay, **options
+        )
+
+    def step(self, parts: Sequence[Batch]) -> contextlib.AbstractContextManager[None]:
+        """Nothing to choose."""
+        return contextlib.nullcontext()
+
+    def part(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        """Everything can change."""
+        return contextlib.nullcontext()
+
+    def finish(self) -> None:
+        """End the training; the model holds what was learned."""
+
+    def close(self) -> None:
+        """Go back to evaluation."""
+        self.model.eval()
+
+    def abort(self) -> None:
+        """The caller discards the model: a baseline keeps no second copy of all weights."""
+
+    def num_trainable(self, _delta: SparseDelta | None) -> int:
+        """Numbers that could change."""
+        return sum(parameter.numel() for parameter in self.trained)
+
+
+def _with_adapter(model: nn.Module, config: FinetuneConfig) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"method={config.method!r} needs peft; pip install 'sparsemem[peft]'"
+        ) from error
+    types = {kind.value.lower(): kind for kind in peft.PeftType}
+    known = {name: peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) for name, kind in types.items()}
+    config_class = known.get(config.method)
+    if config_class is None:
+        raise ConfigError(
+            f"method={config.method!r} is unknown; use memory, full or a PEFT type such as lora, ia3, oft"
+        )
+    options = dict(config.peft)
+    if config.method == "lora":
+        options = {"r": 32, "lora_alpha": 64, "target_modules": "all-linear", **options}
+    memory_names = [n for n, m in unwrapped(model).named_modules() if isinstance(m, MemoryLayer)]
+    if memory_names:
+        options.setdefault("exclude_modules", rf"(.*\.)?({'|'.join(memory_names)})\..*")
+    try:
+        adapter = config_class(task_type="CAUSAL_LM", **options)
+        return peft.get_peft_model(model, adapter)  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"PEFT refused method={config.method!r} with {options}: {error}") from error

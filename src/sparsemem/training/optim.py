@@ -1,0 +1,141 @@
+"""Optimizers on active rows, with state that belongs to a slot and outlives the selection.
+
+Shape letters: A active rows, V value dim.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsemem.errors import ConfigError
+from sparsemem.memory.pool import Pool
+
+
+class SlotOptimizer(torch.optim.Optimizer):
+    """Steps the active rows of each pool, and nothing else.
+
+    A stock optimizer on `pool.active` does the same as long as the selection stays. When it changes
+    from step to step, state has to follow the slots: each slot here keeps its own moments and its own
+    step count, so a slot that returns after a hundred steps of others goes on where it was, and a
+    slot seen for the first time gets a first step. Equal to `torch.optim.AdamW` and `SGD` while the
+    selection is constant.
+
+    Args:
+        pools: Pools by name.
+        name: "adamw" or "sgd".
+        lr: Learning rate.
+        momentum: For "sgd".
+        betas: For "adamw".
+        eps: For "adamw".
+        weight_decay: Decoupled for "adamw", added to the gradient for "sgd", as in torch.
+
+    Raises:
+        ConfigError: `name` is unknown.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        name: str = "adamw",
+        *,
+        lr: float,
+        momentum: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if name not in UPDATES:
+            raise ConfigError(f"optimizer={name!r} is unknown; use one of {', '.join(UPDATES)}")
+        self.pools = pools
+        self.update = UPDATES[name]
+        self.slot_state: dict[str, dict[str, _SlotTable]] = {pool: {} for pool in pools}
+        defaults = {
+            "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay
+        }  # fmt: skip
+        super().__init__([{"params": []}], defaults)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the active rows."""
+        for pool in self.pools.values():
+            if pool.active is not None:
+                pool.active.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step the active rows that have a gradient."""
+        for name, pool in self.pools.items():
+            if pool.active is None or pool.active.grad is None or pool.active_ids is None:
+                continue
+            tables, slot_ids = self.slot_state[name], pool.active_ids
+            state = _State(tables, slot_ids, pool)
+            self.update(pool.active, pool.active.grad, state, self.param_groups[0])
+            state.save()
+
+
+class _SlotTable:
+    """Rows of optimizer state by slot id; a slot without one has zeros."""
+
+    def __init__(self, num_slots: int, width: int, device: torch.device) -> None:
+        self.slot_to_row = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
+        self.rows = torch.zeros(0, width, device=device)
+
+    def get(self, slot_ids: Tensor) -> Tensor:
+        places = self.slot_to_row[slot_ids].long()
+        values = self.rows.new_zeros(len(slot_ids), self.rows.shape[1])
+        values[places >= 0] = self.rows[places[places >= 0]]
+        return values
+
+    def set(self, slot_ids: Tensor, values: Tensor) -> None:
+        new = slot_ids[self.slot_to_row[slot_ids] < 0]
+        start = len(self.rows)
+        places = torch.arange(start, start + len(new), dtype=torch.int32, device=new.device)
+        self.slot_to_row[new] = places
+        self.rows = torch.cat([self.rows, self.rows.new_zeros(len(new), self.rows.shape[1])])
+        self.rows[self.slot_to_row[slot_ids].long()] = values
+
+
+class _State:
+    """State tensors of the slots of one step, fetched on demand and saved after it."""
+
+    def __init__(self, tables: dict[str, _SlotTable], slot_ids: Tensor, pool: Pool) -> None:
+        self.tables, self.slot_ids, self.pool = tables, slot_ids, pool
+        self.values: dict[str, Tensor] = {}
+
+    def get(self, name: str, width: int) -> Tensor:
+        if name not in self.tables:
+            device = self.slot_ids.device
+            self.tables[name] = _SlotTable(self.pool.num_slots, width, device)
+        self.values[name] = self.tables[name].get(self.slot_ids)
+        return self.values[name]
+
+    def save(self) -> None:
+        for name, values in self.values.items():
+            self.tables[name].set(self.slot_ids, values)
+
+
+def _adamw(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    width = rows_AV.shape[1]
+    steps_A1 = state.get("step", 1).add_(1)
+    mean_AV = state.get("exp_avg", width).lerp_(grad_AV, 1 - beta1)
+    square_AV = state.get("exp_avg_sq", width).mul_(beta2).addcmul_(grad_AV, grad_AV, value=1 - beta2)
+    rows_AV.mul_(1 - group["lr"] * group["weight_decay"])
+    # The bias correction is per row: rows differ in how many steps they have had.
+    scale_AV = (square_AV / (1 - beta2**steps_A1)).sqrt_().add_(group["eps"])
+    rows_AV.addcdiv_(mean_AV / (1 - beta1**steps_A1), scale_AV, value=-group["lr"])
+
+
+def _sgd(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:
+    if group["weight_decay"]:
+        grad_AV = grad_AV.add(rows_AV, alpha=group["weight_decay"])
+    if group["momentum"]:
+        grad_AV = state.get("momentum", rows_AV.shape[1]).mul_(group["momentum"]).add_(grad_AV)
+    rows_AV.add_(grad_AV, alpha=-group["lr"])
+
+
+UPDATES: dict[str, Callable[[Tensor, Tensor, _State, dict[str, Any]], None]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+}
