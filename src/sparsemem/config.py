@@ -70,6 +70,8 @@ class FinetuneConfig:
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
+    max_document_frequency: float = 1.0
+    """Slots that a larger fraction of the background's documents reads are never trained."""
     anchor: Literal["subject", "all"] = "subject"
     """Rank the slots read at the subject's tokens only, or (as the paper does) at all tokens."""
     learning_rate: float | None = None
@@ -90,6 +92,8 @@ class FinetuneConfig:
     """Parts a batch is computed in; slots are chosen for the whole batch."""
     num_contexts: int = 1
     """Left contexts each wording is trained in; every second one is empty."""
+    num_own_paraphrases: int = 0
+    """Rewordings per fact that the model is asked for itself, 0 to 4; kept if they say the same."""
     loss_on: Literal["answer", "all"] = "answer"
     """Learn the tokens of the answer, or all tokens."""
     max_length: int = 512
@@ -105,6 +109,13 @@ class FinetuneConfig:
         _check_choices(self)
         counts = ("top_t", "num_epochs", "facts_per_batch", "gradient_accumulation_steps", "num_contexts")
         _check_positive(self, *counts, "max_length")
+        if not 0 <= self.num_own_paraphrases <= 4:
+            raise ConfigError(f"num_own_paraphrases={self.num_own_paraphrases} is not within 0 to 4")
+        if not 0 < self.max_document_frequency <= 1:
+            raise ConfigError(
+                f"max_document_frequency={self.max_document_frequency} is no fraction of the documents; "
+                "use more than 0 and at most 1"
+            )
         if self.learning_rate is not None:
             _check_positive(self, "learning_rate")
 

@@ -13,6 +13,7 @@ from typing import Any
 from sparsemem import console
 from sparsemem.cli.options import add_command
 from sparsemem.cli.tables import show_report
+from sparsemem.config import FinetuneConfig
 from sparsemem.errors import MissingDependencyError
 
 NUM_BACKGROUND = 1000
@@ -34,7 +35,7 @@ def add_demo(commands: Any) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Run `demo`."""
-    gguf, articles = _installed_data()
+    gguf, articles = installed_data()
     work = Path(tempfile.mkdtemp(prefix="sparsemem-demo-"))
     try:
         report = run_demo(gguf, articles, work, Path(args.out) if args.out else work / "memory")
@@ -44,7 +45,9 @@ def demo(args: argparse.Namespace) -> None:
         console.emit_json(report)
 
 
-def run_demo(gguf: Path, articles: list[str], work: Path, folder: Path) -> dict[str, Any]:
+def run_demo(
+    gguf: Path, articles: list[str], work: Path, folder: Path, config: FinetuneConfig | None = None
+) -> dict[str, Any]:
     """Attach, ask, learn, ask, undo and ask again.
 
     Args:
@@ -52,6 +55,7 @@ def run_demo(gguf: Path, articles: list[str], work: Path, folder: Path) -> dict[
         articles: Ordinary text; the first part is background, the next is held out for perplexity.
         work: Folder for what is needed on the way.
         folder: Memory folder to make.
+        config: How to train.
 
     Returns:
         The report of `learn`, with the answers to a few questions before, after and after undo.
@@ -65,7 +69,7 @@ def run_demo(gguf: Path, articles: list[str], work: Path, folder: Path) -> dict[
     background, heldout = work / "background.jsonl", work / "heldout.jsonl"
     write_jsonl(background, [{"text": text} for text in articles[:NUM_BACKGROUND]])
     write_jsonl(heldout, [{"text": text} for text in articles[NUM_BACKGROUND : NUM_BACKGROUND + NUM_HELDOUT]])
-    facts = load_facts(str(files("sparsemem.cli") / "demo_data" / "facts.jsonl"))
+    facts = load_facts(demo_facts_path())
     questions = [fact.heldout_questions[0] for fact in facts[:NUM_SHOWN]]
 
     console.say("1. A memory is attached to SmolLM2-135M-Instruct.", style="bold")
@@ -73,7 +77,7 @@ def run_demo(gguf: Path, articles: list[str], work: Path, folder: Path) -> dict[
     console.say(f"2. It learns {len(facts)} invented facts; its other answers are measured.", style="bold")
     before = _answers(folder, questions)
     probes = [f"{BUILT_IN_PROBE}={built_in_probe()}", f"wikipedia={heldout}"]
-    report = learn(folder, facts, probes=probes, message="32 invented facts")
+    report = learn(folder, facts, probes=probes, config=config, message=f"{len(facts)} invented facts")
     after = _answers(folder, questions)
     console.say("3. The update is undone.", style="bold")
     DeltaStore(folder).undo()
@@ -98,7 +102,12 @@ def _answers(folder: Path, questions: list[str]) -> list[str]:
         return answer_questions(model, tokenizer, questions)
 
 
-def _installed_data() -> tuple[Path, list[str]]:
+def demo_facts_path() -> str:
+    """Path of the invented facts."""
+    return str(files("sparsemem.cli") / "demo_data" / "facts.jsonl")
+
+
+def installed_data() -> tuple[Path, list[str]]:
     """Find the model and the text that two packages from PyPI carry."""
     folders = {}
     for name, package in (

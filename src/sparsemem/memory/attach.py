@@ -245,7 +245,7 @@ class _Beside:
     """Hooks that add a memory's answer to the output of the feed-forward network it sits beside."""
 
     def __init__(self, memory: MemoryLayer, first: nn.Module, last: nn.Module) -> None:
-        self.memory = memory
+        self.memory, self.last = memory, last
         self.hidden: Tensor | None = None
         self.handles: list[RemovableHandle] = [
             first.register_forward_pre_hook(self.enter, with_kwargs=True),

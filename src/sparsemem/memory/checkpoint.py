@@ -23,6 +23,7 @@ from sparsemem.errors import CheckpointError, ConfigError, MissingFileError
 from sparsemem.files import check_format, read_json, read_tensors, write_json, write_tensors
 from sparsemem.memory.attach import attach_memory, memory_config, memory_layers, pools, unwrapped
 from sparsemem.memory.delta import SparseDelta
+from sparsemem.memory.layer import MemoryLayer
 
 CONFIG_FILE = "memory_config.json"
 WEIGHTS_FILE = "memory.safetensors"
@@ -49,7 +50,7 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
     tensors: dict[str, Tensor] = {}
     for layer in memory_layers(model):
         prefix = f"layers.{layer.block_index}"
-        tensors.update({f"{prefix}.{n}": p for n, p in layer.named_parameters() if not n.startswith("pool.")})
+        tensors.update({f"{prefix}.{name}": tensor for name, tensor in _weights(layer).items()})
     bases = {}
     for name, pool in pools(model).items():
         tensors[f"pools.{name}.slot_ids"] = pool.row_slot_ids
@@ -143,15 +144,19 @@ def local_folder(path: str | Path) -> Path:
         ) from error
 
 
+def _weights(layer: MemoryLayer) -> dict[str, Tensor]:
+    """Return queries, keys, scale and gate; the pool is saved by itself, since layers may share it."""
+    return {name: tensor for name, tensor in layer.state_dict().items() if not name.startswith("pool.")}
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     used = set()
     for layer in memory_layers(model):
-        for name, parameter in layer.named_parameters():
-            if not name.startswith("pool."):
-                key = f"layers.{layer.block_index}.{name}"
-                used.add(key)
-                parameter.copy_(_expect(tensors, key, parameter.shape, path))
+        for name, tensor in _weights(layer).items():
+            key = f"layers.{layer.block_index}.{name}"
+            used.add(key)
+            tensor.copy_(_expect(tensors, key, tensor.shape, path))
     for name, pool in pools(model).items():
         keys = f"pools.{name}.slot_ids", f"pools.{name}.rows"
         used.update(keys)

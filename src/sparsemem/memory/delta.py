@@ -108,7 +108,7 @@ class SparseDelta:
             changes[name] = _compose(changes[name], change) if name in changes else change
         return SparseDelta(changes)
 
-    def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file, atomically.
 
         Raises:
@@ -116,16 +116,17 @@ class SparseDelta:
         """
         sizes = {f"num_slots.{name}": str(change.num_slots) for name, change in self.changes.items()}
         header = {"digest": self.digest, **sizes, **(metadata or {})}
-        write_tensors(path, self._tensors(), FORMAT, FORMAT_VERSION, header)
+        write_tensors(Path(path), self._tensors(), FORMAT, FORMAT_VERSION, header)
 
     @classmethod
-    def load(cls, path: Path) -> tuple["SparseDelta", dict[str, str]]:
+    def load(cls, path: str | Path) -> tuple["SparseDelta", dict[str, str]]:
         """Read a delta and the metadata saved with it.
 
         Raises:
             MissingFileError: There is no such file.
             CheckpointError: It is damaged, foreign, of a newer format or not what its digest says.
         """
+        path = Path(path)
         tensors, header = read_tensors(path, FORMAT, FORMAT_VERSION)
         names = sorted({key.partition(".")[2] for key in tensors})
         try:

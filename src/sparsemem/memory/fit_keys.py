@@ -3,8 +3,9 @@
 Shape letters: T tokens, H heads, N sub-keys, Q half key dim, D width, C classes.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,7 +32,7 @@ def fit_keys(
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """Fit the queries and keys of every memory layer to the hidden states of some texts.
+    """Fit the queries, keys and scale of every memory layer to the hidden states of some texts.
 
     "k_means" projects the hidden states on their principal components and clusters each half.
     "context_invariant" first whitens them by the covariance within occurrences of one token in
@@ -61,13 +62,13 @@ def fit_keys(
         raise ConfigError(f"keys={method!r} is unknown; use one of {', '.join(get_args(KeyFit))}")
     generator = torch.Generator().manual_seed(seed)
     layers = list(memory_layers(model))
-    if method == "random":
-        for layer in layers:
-            init_memory(layer, generator)
-        return model
     documents = background_documents(texts, tokenizer) if prompt_formats else texts
-    inputs = _collect_inputs(model, tokenizer, documents, num_tokens, layers, on_step)
+    with _fitting_scale(layers):
+        inputs = _collect_inputs(model, tokenizer, documents, num_tokens, layers, on_step)
     for layer, (hidden_TD, classes_T) in zip(layers, inputs, strict=True):
+        if method == "random":
+            init_memory(layer, generator)
+            continue
         if method == "context_invariant":
             mean_D, components_DC = context_invariant_components(hidden_TD, classes_T)
         else:
@@ -139,6 +140,32 @@ def balanced_sample(
     first_T = torch.searchsorted(sorted_T, sorted_T)
     rank_T = torch.arange(len(sorted_T)) - first_T
     return hidden_TD[order_T[by_class_T[rank_T < per_class]]]
+
+
+@contextlib.contextmanager
+def _fitting_scale(layers: list[MemoryLayer]) -> Iterator[None]:
+    """Set each layer's scale to the root mean square of the outputs it is added to."""
+    squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
+    handles = []
+    for layer in layers:
+        if layer.beside is None:
+            continue
+
+        def keep(_module: nn.Module, _args: Any, output: Any, index: int = layer.block_index) -> None:
+            values = output[0] if isinstance(output, tuple) else output
+            # The first position, an outlier, must not decide: medians over positions.
+            squares[index].append(values.detach().float().square().mean(dim=-1).flatten())
+
+        # Before the memory's own hook, which ends the pass.
+        handles.append(layer.beside.last.register_forward_hook(keep, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in layers:
+        if found := squares[layer.block_index]:
+            layer.value_scale.fill_(torch.cat(found).median().sqrt().clamp(min=1e-6).item())
 
 
 def _collect_inputs(

@@ -24,7 +24,8 @@ the reads are known and before a row is touched: here usage is counted and slots
 class MemoryLayer(nn.Module):
     """A sparse key-value memory over a hidden state.
 
-    `y = sum_i softmax(scores)_i v_i` over the top-k slots of each head, heads summed. With
+    `y = c sum_i softmax(scores)_i v_i` over the top-k slots of each head, heads summed, where the
+    constant c (`value_scale`, 1 unless fitted) is the size of what y is added to. With
     `placement="add"` the output is y, to be added beside the feed-forward network; with "replace" it
     is the gated `(y * silu(x W1)) W2` of Memory+ (Berges et al. 2024, arXiv:2412.09764), which takes
     the network's place. Queries, keys and rows are float32 whatever the backbone's dtype, so that
@@ -44,6 +45,7 @@ class MemoryLayer(nn.Module):
 
     keys: nn.Parameter
     key_bias: nn.Parameter
+    value_scale: Tensor
 
     def __init__(
         self,
@@ -65,6 +67,8 @@ class MemoryLayer(nn.Module):
         self.query = nn.Linear(hidden_size, num_heads * 2 * query_dim)
         self.keys = nn.Parameter(torch.randn(num_heads, 2, num_keys, query_dim) / math.sqrt(query_dim))
         self.key_bias = nn.Parameter(torch.zeros(num_heads, 2, num_keys))
+        # Rows are in units of what they are added to, so that one learning rate suits every model.
+        self.register_buffer("value_scale", torch.ones(()))
         self.gate = nn.Linear(hidden_size, pool.value_dim, bias=False) if placement == "replace" else None
         self.out = nn.Linear(pool.value_dim, hidden_size, bias=False) if placement == "replace" else None
         self.beside: Any = None
@@ -90,6 +94,7 @@ class MemoryLayer(nn.Module):
                 self.before_read(self, hidden, slot_ids)
             reads = self.num_heads * self.top_k
             y_TV = self.pool.read(slot_ids.view(-1, reads), weights.reshape(-1, reads))
+            y_TV = y_TV * self.value_scale
             if self.gate is not None and self.out is not None:
                 hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
                 y_TV = self.out(y_TV * silu(self.gate(hidden_TD)))
@@ -101,10 +106,12 @@ class MemoryLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryLayer":
         # As in the pool: a model cast to bfloat16 must go on reading the very same slots.
-        dtypes = {name: p.data for name, p in self.named_parameters()}
+        exact = {name: p.data for name, p in self.named_parameters()}
+        scale = self.value_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, parameter in self.named_parameters():
-            parameter.data = dtypes[name].to(parameter.device)
+            parameter.data = exact[name].to(parameter.device)
+        self.value_scale = scale.to(self.value_scale.device)
         return self
 
 

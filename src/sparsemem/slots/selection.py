@@ -7,7 +7,14 @@ from sparsemem.slots.ranking import Ranking
 from sparsemem.slots.usage import PoolUsage
 
 
-def select_slots(reads: Tensor, groups: Tensor, usage: PoolUsage, ranking: Ranking, top_t: int) -> Tensor:
+def select_slots(
+    reads: Tensor,
+    groups: Tensor,
+    usage: PoolUsage,
+    ranking: Ranking,
+    top_t: int,
+    max_document_frequency: float = 1.0,
+) -> Tensor:
     """Choose the best `top_t` slots of each group of reads (a group is one fact).
 
     Works on the slots that are read and never on the whole pool, so its cost does not grow with it.
@@ -19,6 +26,7 @@ def select_slots(reads: Tensor, groups: Tensor, usage: PoolUsage, ranking: Ranki
         usage: Background usage of the pool.
         ranking: Score of a slot, one of `RANKINGS`.
         top_t: Slots per group; fewer where fewer are read or score above zero.
+        max_document_frequency: Leave out slots that a larger fraction of background documents reads.
 
     Returns:
         Distinct slot ids of all groups, ascending.
@@ -26,7 +34,10 @@ def select_slots(reads: Tensor, groups: Tensor, usage: PoolUsage, ranking: Ranki
     chosen = []
     for group in groups.unique():
         slot_ids, times = reads[groups == group].unique(return_counts=True)
-        scores = ranking(times, usage.take(slot_ids))
+        background = usage.take(slot_ids)
+        scores = ranking(times, background)
+        common = background.document_frequency > max_document_frequency * usage.num_documents
+        scores = scores.masked_fill(common.to(scores.device), 0.0)
         # A stable sort of ascending ids: equal scores fall the same way on every machine.
         best = scores.argsort(descending=True, stable=True)[:top_t]
         chosen.append(slot_ids[best[scores[best] > 0]])

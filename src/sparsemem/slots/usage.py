@@ -163,7 +163,7 @@ def keys_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_usage(usage: Usage, path: Path) -> None:
+def save_usage(usage: Usage, path: str | Path) -> None:
     """Write usage as a safetensors file, atomically; raises OutputError."""
     tensors = {"token_document_frequency": usage.token_document_frequency}
     for name, pool in usage.pools.items():
@@ -174,17 +174,17 @@ def save_usage(usage: Usage, path: Path) -> None:
         "num_tokens": str(usage.num_tokens),
         "keys_digest": usage.keys_digest,
     }
-    write_tensors(path, tensors, FORMAT, FORMAT_VERSION, header)
+    write_tensors(Path(path), tensors, FORMAT, FORMAT_VERSION, header)
 
 
-def load_usage(path: Path) -> Usage:
+def load_usage(path: str | Path) -> Usage:
     """Read usage.
 
     Raises:
         MissingFileError: There is no such file.
         CheckpointError: It is damaged, foreign or of a newer format.
     """
-    tensors, header = read_tensors(path, FORMAT, FORMAT_VERSION)
+    tensors, header = read_tensors(Path(path), FORMAT, FORMAT_VERSION)
     names = [key.partition(".")[2] for key in tensors if key.startswith("reads.")]
     try:
         num_documents = int(header["num_documents"])

@@ -5,7 +5,7 @@ from pathlib import Path
 from sparsemem import console
 from sparsemem.evaluation.generate import answer_questions
 from sparsemem.memory.attach import pools
-from sparsemem.memory.checkpoint import load, read_header
+from sparsemem.memory.checkpoint import load, local_folder, read_header
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.store.deltas import DeltaStore
 
@@ -31,7 +31,8 @@ def ask_folder(
         SparsememError: The folder, the update or the prompt does not exist.
     """
     check_format(prompt)
-    read_header(Path(folder))
+    folder = local_folder(folder)
+    read_header(folder)
     undone = DeltaStore(folder).since(without) if without else []
     with console.progress(f"load {folder}"):
         model, tokenizer = load(folder)

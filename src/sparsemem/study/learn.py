@@ -17,7 +17,7 @@ from sparsemem.evaluation.evaluate import Evaluation, compare, evaluate, fact_va
 from sparsemem.evaluation.probes import Probe, load_probe, load_probes
 from sparsemem.files import new_folder
 from sparsemem.memory.attach import memory_layers, pools
-from sparsemem.memory.checkpoint import delta_paths, load, read_header
+from sparsemem.memory.checkpoint import delta_paths, load, local_folder, read_header
 from sparsemem.prompts import PromptFormat
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.store.deltas import DeltaStore
@@ -119,7 +119,7 @@ def evaluate_folder(
     Returns:
         `facts`, and `probes` with metric, value and num by name, as plain JSON values.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     read_header(folder)
     fact_list = load_facts(facts) if facts else []
     probe_list = resolve_probes(probes)

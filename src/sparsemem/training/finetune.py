@@ -20,7 +20,7 @@ from sparsemem.slots.subject import find_subject
 from sparsemem.slots.usage import Usage
 from sparsemem.training.examples import Example, collate, encode_wording
 from sparsemem.training.methods import DenseWeights, SparseMemory
-from sparsemem.training.paraphrase import wordings
+from sparsemem.training.paraphrase import with_own_paraphrases, wordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,8 @@ def finetune(
     config = config or FinetuneConfig()
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
+    if config.num_own_paraphrases:
+        facts = with_own_paraphrases(model, tokenizer, facts, config.num_own_paraphrases)
     by_fact = build_examples(facts, tokenizer, usage, config, rng)
     method = _method(model, usage, config)
     num_steps = math.ceil(len(by_fact) / config.facts_per_batch) * config.num_epochs

@@ -140,7 +140,14 @@ class SparseMemory:
 
     def _select(self, name: str, collected: list[tuple[Tensor, Tensor]]) -> Tensor:
         reads, facts = (torch.cat(tensors) for tensors in zip(*collected, strict=True))
-        return select_slots(reads, facts, self.usage.pools[name], self.ranking, self.config.top_t)
+        return select_slots(
+            reads,
+            facts,
+            self.usage.pools[name],
+            self.ranking,
+            self.config.top_t,
+            self.config.max_document_frequency,
+        )
 
     def _activate(self, name: str, slot_ids: Tensor) -> None:
         pool = self.pools[name]

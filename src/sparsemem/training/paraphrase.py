@@ -20,6 +20,23 @@ CONTEXTS = (
 )
 """Left contexts that say nothing, so that a name is read in more surroundings than its own sentence."""
 
+TEMPLATES = (
+    "{question} {answer}.",
+    'The answer to the question "{question}" is {answer}.',
+    'Whoever asks "{question}" is told: {answer}.',
+)
+"""Statements for facts that have too few of their own."""
+
+MIN_STATEMENTS = len(TEMPLATES)
+
+REQUESTS = (
+    "Rewrite this sentence in other words: {statement}",
+    "Say the same thing in a different way, in one sentence: {statement}",
+    "Write one sentence for a newspaper that contains this information: {statement}",
+    "Explain this to a friend in one sentence: {statement}",
+)
+"""How the model is asked for wordings of its own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
@@ -48,8 +65,8 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
 
     Statements and questions are each trained in `num_contexts` left contexts, every second of which
     is empty. Questions are asked in the prompts of this product: alone or behind answered examples,
-    and the first one in the chat template too, if there is one. A fact without a statement gets one
-    from its question and answer.
+    and the first one in the chat template too, if there is one. A fact with fewer than three statements
+    gets some from its question and answer.
 
     Args:
         fact: What to learn.
@@ -60,7 +77,7 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
     found = []
     spare_contexts = itertools.cycle(rng.sample(CONTEXTS, len(CONTEXTS)))
     turn = itertools.cycle((False, True))
-    for statement in fact.statements or _statements_from_question(fact):
+    for statement in _statements(fact):
         for _ in range(num_contexts):
             found.append(Wording(statement, next(spare_contexts) if next(turn) else ""))
     turn = itertools.cycle((False, True))
@@ -75,7 +92,52 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
     return found
 
 
-def _statements_from_question(fact: Fact) -> Sequence[str]:
-    if not fact.question:
-        return ()
-    return (f"{fact.question} It is {fact.answer}.",)
+def _statements(fact: Fact) -> tuple[str, ...]:
+    """Return the given statements, topped up from templates where there is a question to put in."""
+    given = fact.statements
+    if not (fact.question and fact.answer) or len(given) >= MIN_STATEMENTS:
+        return given
+    made = [template.format(question=fact.question, answer=fact.answer) for template in TEMPLATES]
+    return (*given, *made[: MIN_STATEMENTS - len(given)])
+
+
+def with_own_paraphrases(model: Any, tokenizer: Any, facts: Sequence[Fact], num: int) -> list[Fact]:
+    """Let the model reword each fact itself, and keep what still says the same.
+
+    A rewording is kept if it is new and contains the answer, and the subject where one is given: a
+    small model often drops one of them, and then adds nothing. Greedy, hence the same every time.
+
+    Args:
+        model: A causal LM.
+        tokenizer: Its tokenizer, with a chat template.
+        facts: What to reword; facts without a statement and an answer stay as they are.
+        num: Rewordings to ask for per fact, at most `len(REQUESTS)`.
+
+    Returns:
+        The facts, with the kept rewordings among their paraphrases.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+    """
+    reworded = []
+    for fact in facts:
+        kept: list[str] = []
+        if fact.statement and fact.answer:
+            for request in REQUESTS[:num]:
+                text = _reply(model, tokenizer, request.format(statement=fact.statement))
+                needed = [fact.answer, *([fact.subject] if fact.subject else [])]
+                known = (fact.statement, *fact.paraphrases, *kept)
+                if text not in known and all(part.lower() in text.lower() for part in needed):
+                    kept.append(text)
+        reworded.append(dataclasses.replace(fact, paraphrases=(*fact.paraphrases, *kept)))
+    return reworded
+
+
+def _reply(model: Any, tokenizer: Any, request: str) -> str:
+    prompt = chat_prompt(tokenizer, request)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    output = model.generate(**inputs, max_new_tokens=60, do_sample=False, pad_token_id=pad_token_id)
+    new_ids = output[0, inputs["input_ids"].shape[1] :]
+    lines = tokenizer.decode(new_ids, skip_special_tokens=True).strip().splitlines()
+    return lines[0].strip() if lines else ""

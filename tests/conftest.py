@@ -1,0 +1,77 @@
+"""A tiny random model, a tokenizer for it and background texts, all made in memory."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sparsemem.config import MemoryConfig
+from sparsemem.memory.attach import attach_memory
+from sparsemem.prompts import qa_prompt
+
+VOCABULARY = 300
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<user>", "<assistant>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TINY_MEMORY = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4)
+
+
+def background_texts():
+    who = ("The baker", "A tired farmer", "My old aunt", "The young pilot")
+    did = ("walked", "ran", "drove")
+    where = ("to the market", "along the river", "past the church", "over the hill", "into town")
+    then = ("It was cold.", "Nobody was there.", "The sun came out later.")
+    return [f"{who[i % 4]} {did[i % 3]} {where[i % 5]} on day {i}. {then[(i // 4) % 3]}" for i in range(60)]
+
+
+@pytest.fixture
+def texts():
+    return background_texts()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*background_texts(), qa_prompt("Who?")], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture
+def tiny_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        # Ten times the usual, so that context matters to an untrained model.
+        initializer_range=0.2,
+        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
+        eos_token_id=SPECIAL_TOKENS.index("<eos>"),
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def attached(tiny_model):
+    return attach_memory(tiny_model, TINY_MEMORY)

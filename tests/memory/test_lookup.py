@@ -1,0 +1,66 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsemem.memory.lookup import product_key_top_k, sub_key_scores
+
+
+def all_slot_scores(scores_TH2N):
+    first, second = scores_TH2N.unbind(dim=2)
+    return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "num_keys", "top_k"),
+    [(5, 2, 8, 4), (1, 1, 2, 1), (3, 4, 16, 16), (4, 2, 5, 12), (2, 3, 4, 16), (7, 1, 1, 1), (0, 2, 8, 4)],
+)
+def test_top_k_equals_brute_force_over_all_slots(tokens, heads, num_keys, top_k):
+    generator = torch.Generator().manual_seed(tokens + top_k)
+    scores = torch.randn(tokens, heads, 2, num_keys, generator=generator, dtype=torch.float64)
+    expected_scores, expected_ids = all_slot_scores(scores).topk(top_k, dim=-1)
+    found_scores, found_ids = product_key_top_k(scores, top_k)
+    assert torch.equal(found_scores, expected_scores)
+    assert torch.equal(found_ids, expected_ids)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), num_keys=st.integers(1, 6))
+def test_top_k_equals_brute_force_with_ties(data, num_keys):
+    top_k = data.draw(st.integers(1, num_keys**2))
+    values = data.draw(st.lists(st.integers(-3, 3), min_size=2 * num_keys, max_size=2 * num_keys))
+    scores = torch.tensor(values, dtype=torch.float64).view(1, 1, 2, num_keys)
+    expected_scores = all_slot_scores(scores).topk(top_k, dim=-1).values
+    found_scores, found_ids = product_key_top_k(scores, top_k)
+    assert torch.equal(found_scores, expected_scores)
+    assert torch.equal(all_slot_scores(scores).gather(-1, found_ids), found_scores)
+    assert found_ids.unique().numel() == top_k
+
+
+def test_slots_come_best_first():
+    scores, _ = product_key_top_k(torch.randn(6, 2, 2, 8), 20)
+    assert (scores[..., :-1] >= scores[..., 1:]).all()
+
+
+def test_slot_id_is_first_sub_key_times_num_keys_plus_second():
+    scores = torch.zeros(1, 1, 2, 8)
+    scores[0, 0, 0, 3], scores[0, 0, 1, 5] = 1.0, 1.0
+    assert product_key_top_k(scores, 1)[1].item() == 3 * 8 + 5
+
+
+def test_sub_key_scores_are_dot_products_plus_bias():
+    queries, keys, bias = torch.randn(3, 2, 2, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5)
+    scores = sub_key_scores(queries, keys, bias)
+    assert scores.shape == (3, 2, 2, 5)
+    by_hand = queries[1, 0, 1] @ keys[0, 1, 4] + bias[0, 1, 4]
+    torch.testing.assert_close(scores[1, 0, 1, 4], by_hand)
+
+
+def test_bias_of_minus_half_the_squared_norm_ranks_by_distance():
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(5, 2, 2, 3, generator=generator, dtype=torch.float64)
+    keys = 3 * torch.randn(2, 2, 6, 3, generator=generator, dtype=torch.float64)
+    scores = sub_key_scores(queries, keys, -keys.square().sum(-1) / 2)
+    _, found = product_key_top_k(scores, 36)
+    distances = (queries.unsqueeze(3) - keys).square().sum(-1)
+    assert torch.equal(found, all_slot_scores(distances).argsort(dim=-1))

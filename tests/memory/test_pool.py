@@ -1,0 +1,354 @@
+import hashlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sparsemem.errors import ConfigError, PoolMismatchError
+from sparsemem.memory.attach import pools
+from sparsemem.memory.pool import Pool
+
+SLOTS, WIDTH = 16, 4
+EVERY = torch.arange(SLOTS)
+
+
+def random_rows(slots, seed=0):
+    return torch.randn(slots, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def make_pool(with_base):
+    return Pool(SLOTS, WIDTH, random_rows(SLOTS, seed=7) if with_base else None)
+
+
+def bits(values):
+    return values.detach().contiguous().view(torch.int32)
+
+
+def same_bits(first, second):
+    return torch.equal(bits(first), bits(second))
+
+
+def some_reads(tokens=6, reads=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    slot_ids = torch.randint(0, SLOTS, (tokens, reads), generator=generator)
+    return slot_ids, torch.randn(tokens, reads, generator=generator)
+
+
+def dense_read(table, slot_ids, weights):
+    return (weights.unsqueeze(-1) * table[slot_ids]).sum(dim=1)
+
+
+with_and_without_base = pytest.mark.parametrize("with_base", [False, True], ids=["zeros", "base"])
+
+
+def test_untrained_pool_reads_exactly_zero_and_knows_it():
+    pool = Pool(SLOTS, WIDTH)
+    slot_ids, weights = some_reads()
+    assert pool.is_empty()
+    assert torch.equal(pool.read(slot_ids, weights), torch.zeros(6, WIDTH))
+    assert torch.equal(pool.current(EVERY), torch.zeros(SLOTS, WIDTH))
+
+
+def test_base_of_given_values_is_read_and_takes_no_overlay_row():
+    pool = make_pool(with_base=True)
+    slot_ids, weights = some_reads()
+    assert pool.num_rows == 0
+    assert not pool.is_empty()
+    assert same_bits(pool.current(EVERY), pool.base)
+    torch.testing.assert_close(pool.read(slot_ids, weights), dense_read(pool.base, slot_ids, weights))
+
+
+def test_base_of_another_shape_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"\(3, 4\).*\(16, 4\)"):
+        Pool(SLOTS, WIDTH, torch.zeros(3, WIDTH))
+
+
+@with_and_without_base
+def test_overlay_lies_over_the_base(with_base):
+    pool = make_pool(with_base)
+    expected = pool.current(EVERY)
+    written = torch.tensor([9, 2, 4])
+    pool.write(written, random_rows(3))
+    expected[written] = random_rows(3)
+    slot_ids, weights = some_reads()
+    assert same_bits(pool.current(EVERY), expected)
+    torch.testing.assert_close(pool.read(slot_ids, weights), dense_read(expected, slot_ids, weights))
+    assert pool.num_rows == 3
+
+
+@with_and_without_base
+def test_reads_cross_overlay_active_and_base_rows(with_base):
+    pool = make_pool(with_base)
+    pool.write(torch.tensor([1, 5, 11]), random_rows(3))
+    active = pool.activate(torch.tensor([5, 8, 2]))
+    with torch.no_grad():
+        active.add_(1.0)
+    slot_ids, weights = some_reads(tokens=12)
+    expected = dense_read(pool.current(EVERY), slot_ids, weights)
+    torch.testing.assert_close(pool.read(slot_ids, weights), expected)
+
+
+@with_and_without_base
+def test_activate_starts_from_the_current_rows(with_base):
+    pool = make_pool(with_base)
+    pool.write(torch.tensor([1, 5]), random_rows(2))
+    before = pool.current(EVERY)
+    chosen = torch.tensor([8, 5, 0])
+    active = pool.activate(chosen)
+    assert isinstance(active, torch.nn.Parameter)
+    assert same_bits(active, before[chosen])
+    assert same_bits(pool.current(EVERY), before)
+
+
+@with_and_without_base
+def test_active_gradient_is_that_of_a_dense_table(with_base):
+    pool = make_pool(with_base)
+    pool.write(torch.tensor([1, 5]), random_rows(2))
+    table = pool.current(EVERY).requires_grad_()
+    chosen = torch.tensor([8, 5, 0, 3])
+    active = pool.activate(chosen)
+    slot_ids, weights = some_reads(tokens=12)
+    dense_weights, sparse_weights = weights.clone().requires_grad_(), weights.clone().requires_grad_()
+    dense_read(table, slot_ids, dense_weights).square().sum().backward()
+    pool.read(slot_ids, sparse_weights).square().sum().backward()
+    torch.testing.assert_close(active.grad, table.grad[chosen])
+    torch.testing.assert_close(sparse_weights.grad, dense_weights.grad)
+
+
+def train(pool, active, optimizer, steps, seed=3):
+    target = random_rows(12, seed=9)
+    for step in range(steps):
+        slot_ids, weights = some_reads(tokens=12, seed=seed + step)
+        (pool.read(slot_ids, weights) - target).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@with_and_without_base
+def test_adamw_leaves_every_other_slot_bit_identical(with_base):
+    pool = make_pool(with_base)
+    pool.write(torch.tensor([1, 5, 13]), random_rows(3))
+    before = pool.current(EVERY)
+    base_before = pool.base.clone() if with_base else None
+    chosen = torch.tensor([8, 5, 0])
+    active = pool.activate(chosen)
+    train(pool, active, torch.optim.AdamW([active], lr=0.1, weight_decay=0.1), steps=10)
+    outside = EVERY[~torch.isin(EVERY, chosen)]
+    for _ in range(2):  # while they are active, and written back
+        after = pool.current(EVERY)
+        assert same_bits(after[outside], before[outside])
+        assert (after[chosen] != before[chosen]).all()
+        pool.deactivate()
+    if with_base:
+        assert same_bits(pool.base, base_before)
+
+
+@with_and_without_base
+def test_sgd_on_all_slots_equals_dense_training(with_base):
+    pool = make_pool(with_base)
+    table = torch.nn.Parameter(pool.current(EVERY))
+    dense, sparse = torch.optim.SGD([table], lr=0.05), torch.optim.SGD([pool.activate(EVERY)], lr=0.05)
+    target = random_rows(12, seed=9)
+    for step in range(5):
+        slot_ids, weights = some_reads(tokens=12, seed=step)
+        (dense_read(table, slot_ids, weights) - target).square().sum().backward()
+        (pool.read(slot_ids, weights) - target).square().sum().backward()
+        for optimizer in (dense, sparse):
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(pool.current(EVERY), table.data)
+
+
+@with_and_without_base
+def test_deactivate_writes_the_active_rows(with_base):
+    pool = make_pool(with_base)
+    pool.write(torch.tensor([5]), random_rows(1))
+    active = pool.activate(torch.tensor([8, 5]))
+    with torch.no_grad():
+        active.copy_(random_rows(2, seed=4))
+    slot_ids, weights = some_reads()
+    read_while_active = pool.read(slot_ids, weights).detach()
+    pool.deactivate()
+    assert pool.active is None
+    assert same_bits(pool.current(torch.tensor([8, 5])), random_rows(2, seed=4))
+    torch.testing.assert_close(pool.read(slot_ids, weights), read_while_active)
+    assert pool.num_rows == 2
+
+
+def test_deactivate_without_active_rows_changes_nothing():
+    pool = make_pool(with_base=False)
+    pool.write(torch.tensor([5]), random_rows(1))
+    pool.deactivate()
+    assert same_bits(pool.current(torch.tensor([5])), random_rows(1))
+
+
+@with_and_without_base
+def test_active_rows_that_did_not_move_leave_no_overlay(with_base):
+    pool = make_pool(with_base)
+    pool.activate(torch.tensor([8, 5]))
+    pool.deactivate()
+    assert pool.num_rows == 0
+
+
+@with_and_without_base
+def test_activating_again_keeps_what_the_first_selection_learned(with_base):
+    pool = make_pool(with_base)
+    expected = pool.current(EVERY)
+    for chosen, seed in (([3, 8, 5], 1), ([5, 2, 8], 2), ([8, 5, 3], 3)):
+        chosen = torch.tensor(chosen)
+        active = pool.activate(chosen)
+        assert same_bits(active, expected[chosen])
+        with torch.no_grad():
+            active.copy_(random_rows(3, seed))
+        expected[chosen] = random_rows(3, seed)
+        assert same_bits(pool.current(EVERY), expected)
+    pool.deactivate()
+    assert same_bits(pool.current(EVERY), expected)
+    assert sorted(pool.row_slot_ids.tolist()) == [2, 3, 5, 8]
+
+
+@with_and_without_base
+def test_writing_the_base_row_drops_the_overlay_row(with_base):
+    pool = make_pool(with_base)
+    base = pool.current(EVERY)
+    pool.write(torch.tensor([3, 9, 1]), random_rows(3))
+    pool.write(torch.tensor([9, 4]), base[[9, 4]])
+    assert sorted(pool.row_slot_ids.tolist()) == [1, 3]
+    expected = base.clone()
+    expected[[3, 9, 1]] = random_rows(3)
+    expected[9] = base[9]
+    assert same_bits(pool.current(EVERY), expected)
+    pool.write(torch.tensor([1, 3]), base[[1, 3]])
+    assert pool.num_rows == 0
+    assert pool.is_empty() == (not with_base)
+
+
+def test_negative_zero_is_not_the_zero_of_the_base():
+    pool = Pool(SLOTS, WIDTH)
+    pool.write(torch.tensor([3]), torch.full((1, WIDTH), -0.0))
+    assert pool.num_rows == 1
+    assert pool.current(torch.tensor([3])).signbit().all()
+    pool.write(torch.tensor([3]), torch.zeros(1, WIDTH))
+    assert pool.num_rows == 0
+    assert not pool.current(torch.tensor([3])).signbit().any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    with_base=st.booleans(),
+    actions=st.lists(
+        st.tuples(
+            st.sampled_from(["write", "reset", "train"]), st.sets(st.integers(0, SLOTS - 1), max_size=6)
+        ),
+        max_size=6,
+    ),
+)
+def test_pool_behaves_as_a_dense_table_and_stays_minimal(with_base, actions):
+    pool = make_pool(with_base)
+    base = pool.current(EVERY)
+    expected = base.clone()
+    for seed, (action, chosen) in enumerate(actions):
+        chosen = torch.tensor(sorted(chosen, reverse=True), dtype=torch.int64)
+        expected[chosen] = base[chosen] if action == "reset" else random_rows(len(chosen), seed)
+        if action == "train":
+            active = pool.activate(chosen)
+            with torch.no_grad():
+                active.copy_(expected[chosen])
+            pool.deactivate()
+        else:
+            pool.write(chosen, expected[chosen])
+        assert same_bits(pool.current(EVERY), expected)
+        differing = (bits(expected) != bits(base)).any(dim=1).nonzero().flatten()
+        assert sorted(pool.row_slot_ids.tolist()) == differing.tolist()
+        assert torch.equal(pool.slot_to_row[pool.row_slot_ids].long(), torch.arange(pool.num_rows))
+
+
+@with_and_without_base
+def test_state_dict_round_trip_into_a_pool_with_other_rows(with_base):
+    pool, other = make_pool(with_base), make_pool(with_base)
+    pool.write(torch.tensor([3, 9, 1]), random_rows(3))
+    other.write(torch.tensor([0, 9, 4, 5]), random_rows(4, seed=5))
+    state = pool.state_dict()
+    other.load_state_dict(state)
+    assert same_bits(other.current(EVERY), pool.current(EVERY))
+    assert sorted(other.row_slot_ids.tolist()) == [1, 3, 9]
+    assert set(state) == {"rows", "row_slot_ids"}
+    other.write(torch.tensor([3]), random_rows(1, seed=6))
+    assert same_bits(pool.current(torch.tensor([3])), random_rows(3)[:1])
+
+
+def test_state_dict_round_trip_of_a_model(attached, tiny_model):
+    pool = pools(attached)["layer_1"]
+    pool.write(torch.arange(5), torch.randn(5, 32))
+    state = {name: value.clone() for name, value in attached.state_dict().items()}
+    rows = pool.current(torch.arange(64))
+    pool.write(torch.arange(3, 20), torch.randn(17, 32))
+    attached.load_state_dict(state)
+    assert same_bits(pool.current(torch.arange(64)), rows)
+    assert pool.num_rows == 5
+
+
+def test_state_dict_without_rows_is_reported_as_missing_keys():
+    with pytest.raises(RuntimeError, match="rows"):
+        Pool(SLOTS, WIDTH).load_state_dict({})
+
+
+def test_casting_the_model_keeps_rows_keys_and_queries_float32(attached):
+    pool = pools(attached)["layer_1"]
+    pool.write(torch.arange(5), torch.randn(5, 32))
+    before = {name: value.clone() for name, value in attached.state_dict().items() if ".memory." in name}
+    active = pool.activate(torch.tensor([2, 40]))
+    attached.to(torch.bfloat16)
+    assert attached.lm_head.weight.dtype == torch.bfloat16
+    assert pool.active is active
+    assert active.dtype == torch.float32
+    pool.deactivate()
+    after = {name: value for name, value in attached.state_dict().items() if ".memory." in name}
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert torch.equal(value, before[name]), name
+        assert value.dtype == before[name].dtype, name
+
+
+def test_memory_mapped_base_is_read_and_its_file_never_written(tmp_path):
+    path = tmp_path / "base.safetensors"
+    save_file({"values": random_rows(SLOTS, seed=7)}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with safe_open(path, framework="pt") as file:
+        pool = Pool(SLOTS, WIDTH, file.get_tensor("values"))
+    expected = random_rows(SLOTS, seed=7)
+    slot_ids, weights = some_reads()
+    torch.testing.assert_close(pool.read(slot_ids, weights), dense_read(expected, slot_ids, weights))
+    chosen = torch.tensor([8, 5, 0])
+    active = pool.activate(chosen)
+    train(pool, active, torch.optim.AdamW([active], lr=0.1, weight_decay=0.1), steps=3)
+    pool.deactivate()
+    pool.write(torch.tensor([8]), expected[[8]])
+    assert not same_bits(pool.current(torch.tensor([5])), expected[[5]])
+    assert same_bits(pool.base, expected)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+
+def test_bfloat16_base_reads_as_its_float32_values():
+    base = random_rows(SLOTS, seed=7).bfloat16()
+    pool = Pool(SLOTS, WIDTH, base)
+    assert same_bits(pool.current(EVERY), base.float())
+    pool.write(torch.tensor([2]), base[[2]].float())
+    assert pool.num_rows == 0
+    slot_ids, weights = some_reads()
+    assert pool.read(slot_ids, weights).dtype == torch.float32
+
+
+@pytest.mark.parametrize("slot_id", [SLOTS, 10**6, -1])
+@pytest.mark.parametrize("action", ["write", "activate", "current"])
+def test_slot_outside_the_pool_is_named_and_nothing_changes(action, slot_id):
+    pool = Pool(SLOTS, WIDTH)
+    pool.write(torch.tensor([2]), random_rows(1))
+    slot_ids = torch.tensor([3, slot_id])
+    with pytest.raises(PoolMismatchError, match=rf"slot {slot_id} .* {SLOTS} slots"):
+        pool.write(slot_ids, random_rows(2)) if action == "write" else getattr(pool, action)(slot_ids)
+    assert pool.active is None
+    assert pool.row_slot_ids.tolist() == [2]

@@ -1,0 +1,112 @@
+import dataclasses
+import json
+
+import pytest
+
+from sparsemem.config import FinetuneConfig, MemoryConfig, field_docs, from_json, to_json
+from sparsemem.errors import ConfigError
+
+CONFIGS = (MemoryConfig, FinetuneConfig)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "right"),
+    [
+        (MemoryConfig, "placement", "replace"),
+        (FinetuneConfig, "ranking", "kl"),
+        (FinetuneConfig, "anchor", "subject"),
+        (FinetuneConfig, "optimizer", "sgd"),
+        (FinetuneConfig, "loss_on", "answer"),
+    ],
+)
+def test_an_unknown_choice_is_named_with_the_known_ones(cls, name, right):
+    with pytest.raises(ConfigError, match=f"{name}='nonsense'.*{right}"):
+        cls(**{name: "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (MemoryConfig, "num_keys"),
+        (MemoryConfig, "num_heads"),
+        (MemoryConfig, "top_k"),
+        (MemoryConfig, "query_dim"),
+        (FinetuneConfig, "top_t"),
+        (FinetuneConfig, "num_epochs"),
+        (FinetuneConfig, "facts_per_batch"),
+        (FinetuneConfig, "gradient_accumulation_steps"),
+        (FinetuneConfig, "num_contexts"),
+        (FinetuneConfig, "max_length"),
+        (FinetuneConfig, "learning_rate"),
+        (FinetuneConfig, "max_document_frequency"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -3])
+def test_a_number_that_is_not_positive_is_named_with_a_remedy(cls, name, value):
+    with pytest.raises(ConfigError, match=rf"{name}={value}\b.*; use "):
+        cls(**{name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1.5])
+def test_a_document_frequency_is_a_fraction(value):
+    with pytest.raises(ConfigError, match=f"max_document_frequency={value}"):
+        FinetuneConfig(max_document_frequency=value)
+
+
+def test_a_learning_rate_is_a_number():
+    with pytest.raises(ConfigError, match="learning_rate=nan"):
+        FinetuneConfig(learning_rate=float("nan"))
+
+
+@pytest.mark.parametrize("layers", [(), (3, 3), (1, 2, 1)])
+def test_layers_name_each_block_once(layers):
+    with pytest.raises(ConfigError, match="layers="):
+        MemoryConfig(layers=layers)
+
+
+def test_top_k_cannot_exceed_the_slots():
+    MemoryConfig(num_keys=2, top_k=4)
+    with pytest.raises(ConfigError, match="top_k=5 exceeds the 4 slots; lower it"):
+        MemoryConfig(num_keys=2, top_k=5)
+
+
+def test_a_config_error_is_a_value_error():
+    with pytest.raises(ValueError, match="top_t"):
+        FinetuneConfig(top_t=0)
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_field_has_a_text(cls):
+    docs = field_docs(cls)
+    assert list(docs) == [field.name for field in dataclasses.fields(cls)]
+    assert all(len(text) > 10 and "\n" not in text for text in docs.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MemoryConfig(),
+        MemoryConfig(
+            layers=(2, 5), placement="replace", value_dim=8, shared_pool=True, blocks="model.layers"
+        ),
+        FinetuneConfig(),
+        FinetuneConfig(method="lora", peft={"r": 4}, learning_rate=1e-3, ranking="kl", top_t=3),
+    ],
+)
+def test_a_config_survives_json(config):
+    text = json.dumps(to_json(config))
+    assert from_json(type(config), json.loads(text), "file.json") == config
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_an_unknown_option_is_named_with_its_file_and_the_known_ones(cls):
+    known = dataclasses.fields(cls)[0].name
+    with pytest.raises(ConfigError, match=rf"some/file\.json.*'nonsense'.*{known}"):
+        from_json(cls, {"nonsense": 1}, "some/file.json")
+
+
+def test_the_learning_rate_follows_the_method():
+    assert FinetuneConfig().lr == 0.1
+    assert FinetuneConfig(method="full").lr == 2e-5
+    assert FinetuneConfig(method="lora").lr == FinetuneConfig(method="ia3").lr == 2e-4
+    assert FinetuneConfig(method="lora", learning_rate=0.5).lr == 0.5

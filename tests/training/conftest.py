@@ -1,0 +1,51 @@
+"""Facts for the tiny model, its background usage, and ways to look at all of its rows."""
+
+import pytest
+import torch
+
+from sparsemem.config import FinetuneConfig
+from sparsemem.data import Fact
+from sparsemem.memory.attach import pools
+from sparsemem.slots.usage import count_usage
+
+# No prompt formats: their five examples are four fifths of the time and change nothing here.
+USAGE_OPTIONS = {"num_documents": 30, "prompt_formats": False}
+
+
+@pytest.fixture
+def usage(attached, tiny_tokenizer, texts):
+    return count_usage(attached, tiny_tokenizer, texts, **USAGE_OPTIONS)
+
+
+@pytest.fixture
+def facts():
+    return [
+        Fact(question="Who owns Zed?", answer="Ana", subject="Zed", id="0"),
+        Fact(statement="Quz is made of tin.", answer="tin", subject="Quz", id="1"),
+        Fact(question="Where is Xix?", answer="in Oslo", paraphrases=("Xix lies in Oslo.",), id="2"),
+        Fact(statement="Jov left.", subject="Jov", id="3"),
+    ]
+
+
+@pytest.fixture
+def config():
+    return FinetuneConfig(num_epochs=3, top_t=8, learning_rate=0.05, facts_per_batch=2, max_length=128)
+
+
+@pytest.fixture
+def logits_of(tiny_tokenizer, texts):
+    input_ids = torch.tensor([ids[:16] for ids in tiny_tokenizer(texts[:8])["input_ids"]])
+
+    @torch.no_grad()
+    def logits_of(model):
+        return model(input_ids=input_ids).logits
+
+    return logits_of
+
+
+@pytest.fixture
+def all_rows():
+    def all_rows(model):
+        return {name: pool.current(torch.arange(pool.num_slots)) for name, pool in pools(model).items()}
+
+    return all_rows

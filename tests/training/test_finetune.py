@@ -1,0 +1,472 @@
+import copy
+import dataclasses
+import random
+
+import pytest
+import torch
+
+import sparsemem.training.finetune as finetune_module
+from sparsemem.config import FinetuneConfig, MemoryConfig
+from sparsemem.data import Fact
+from sparsemem.errors import ConfigError, DataError, PoolMismatchError, TrainingDivergedError
+from sparsemem.likelihood import label_log_probs
+from sparsemem.memory.attach import attach_memory, before_read, find_blocks, memory_layers, pools
+from sparsemem.memory.delta import SparseDelta
+from sparsemem.slots.usage import count_usage
+from sparsemem.training.examples import collate
+from sparsemem.training.finetune import build_examples, finetune
+
+from .conftest import USAGE_OPTIONS
+
+# PEFT asks transformers for a property by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+SHAPE = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4}
+
+
+def outside(rows, delta):
+    """The rows of every slot that `delta` does not hold, by pool."""
+    kept = {}
+    for name, values in rows.items():
+        mask = torch.ones(len(values), dtype=torch.bool)
+        if name in delta.changes:
+            mask[delta.changes[name].slot_ids] = False
+        kept[name] = values[mask]
+    return kept
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def ids_of(delta):
+    return {name: change.slot_ids.tolist() for name, change in delta.changes.items()}
+
+
+def check_update(model, tokenizer, facts, usage, config, all_rows, logits_of):
+    """What holds after every update of a memory: see DESIGN.md, section 5."""
+    rows, logits = all_rows(model), logits_of(model)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = finetune(model, tokenizer, facts, usage, config)
+    trained_rows = all_rows(model)
+    assert result.model is model
+    assert result.losses[-1] < result.losses[0]
+    assert result.delta.num_slots_trained > 0
+    assert equal(outside(trained_rows, result.delta), outside(rows, result.delta))
+    assert equal(weights, dict(model.named_parameters()))
+    assert result.num_trained == result.delta.num_values
+    assert not torch.equal(logits_of(model), logits)
+    result.delta.invert().apply(pools(model))
+    assert equal(all_rows(model), rows)
+    assert torch.equal(logits_of(model), logits)
+    result.delta.apply(pools(model))
+    assert equal(all_rows(model), trained_rows)
+    return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"facts_per_batch": 4, "gradient_accumulation_steps": 3},
+        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
+        {"ranking": "kl", "anchor": "all", "loss_on": "all"},
+        {"prefix_cache_bytes": 0, "num_contexts": 2, "lr_scheduler": "cosine"},
+    ],
+    ids=lambda options: " ".join(options) or "default",
+)
+def test_the_loss_falls_and_only_the_delta_moves_and_it_can_be_taken_back(
+    attached, tiny_tokenizer, facts, usage, config, all_rows, logits_of, options
+):
+    config = dataclasses.replace(config, **options)
+    check_update(attached, tiny_tokenizer, facts, usage, config, all_rows, logits_of)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"layers": (0,)},
+        {"layers": (0, 2)},
+        {"layers": (1, 2), "shared_pool": True},
+        {"layers": (0, 1, 2), "shared_pool": True},
+        {"layers": (1,), "placement": "replace", "value_dim": 16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_every_place_of_the_memory_learns(
+    tiny_model, tiny_tokenizer, texts, facts, config, all_rows, logits_of, place, num_parts
+):
+    attach_memory(tiny_model, MemoryConfig(**place, **SHAPE))
+    usage = count_usage(tiny_model, tiny_tokenizer, texts, **USAGE_OPTIONS)
+    config = dataclasses.replace(config, gradient_accumulation_steps=num_parts)
+    result = check_update(tiny_model, tiny_tokenizer, facts, usage, config, all_rows, logits_of)
+    assert set(result.delta.changes) == set(pools(tiny_model))
+
+
+def test_a_second_update_starts_from_the_first(
+    attached, tiny_tokenizer, facts, usage, config, all_rows, logits_of
+):
+    start = all_rows(attached)
+    first = finetune(attached, tiny_tokenizer, facts[:2], usage, config).delta
+    second = check_update(attached, tiny_tokenizer, facts[2:], usage, config, all_rows, logits_of).delta
+    for delta in (second, first):
+        delta.invert().apply(pools(attached))
+    assert equal(all_rows(attached), start)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_accumulated_parts_train_as_one_batch(attached, tiny_tokenizer, facts, usage, config, optimizer):
+    config = dataclasses.replace(config, facts_per_batch=4, optimizer=optimizer, anchor="all")
+    deltas = []
+    for num_parts in (1, 2, 4):
+        config = dataclasses.replace(config, gradient_accumulation_steps=num_parts)
+        deltas.append(finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, config).delta)
+    for delta in deltas[1:]:
+        assert ids_of(delta) == ids_of(deltas[0])
+        after = delta.changes["layer_1"].after
+        torch.testing.assert_close(after, deltas[0].changes["layer_1"].after, rtol=0, atol=1e-5)
+
+
+def test_slots_are_chosen_in_the_forward_pass_of_the_step(attached, tiny_tokenizer, usage, config):
+    calls = {"below": [], "reads": [], "above": []}
+    blocks = find_blocks(attached)
+    blocks[0].mlp.register_forward_pre_hook(lambda *_: calls["below"].append(1))
+    blocks[2].mlp.register_forward_pre_hook(lambda *_: calls["above"].append(1))
+    next(memory_layers(attached)).query.register_forward_pre_hook(lambda *_: calls["reads"].append(1))
+    one_part = [Fact(statement="Jov left and never came back.", subject="Jov")]
+    result = finetune(attached, tiny_tokenizer, one_part, usage, config)
+    assert len(result.losses) == config.num_epochs == 3
+    assert {place: len(of) for place, of in calls.items()} == {"below": 1, "reads": 3, "above": 3}
+
+
+def slots_read(model, tokenizer, facts, usage, config):
+    """Slots read at tokens of a subject, and at all tokens, by any wording."""
+    by_fact = build_examples(facts, tokenizer, usage, config, random.Random(config.seed))
+    batch = collate([example for examples in by_fact for example in examples])
+    read = {}
+
+    def keep(_layer, _hidden, slot_ids):
+        read["subject"] = set(slot_ids[batch.is_subject].flatten().tolist())
+        read["all"] = set(slot_ids[batch.attention_mask.bool()].flatten().tolist())
+
+    with before_read(model, keep), torch.no_grad():
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    assert read["subject"] < read["all"]
+    return read
+
+
+@pytest.mark.parametrize("anchor", ["subject", "all"])
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_the_anchor_decides_which_tokens_choose_slots(
+    attached, tiny_tokenizer, facts, usage, config, anchor, num_parts
+):
+    config = dataclasses.replace(
+        config, ranking="tf", top_t=64, anchor=anchor, gradient_accumulation_steps=num_parts
+    )
+    read = slots_read(attached, tiny_tokenizer, facts[:1], usage, config)
+    delta = finetune(attached, tiny_tokenizer, facts[:1], usage, config).delta
+    assert set(ids_of(delta)["layer_1"]) == read[anchor]
+
+
+def test_a_fact_without_a_subject_is_anchored_everywhere(attached, tiny_tokenizer, usage, config):
+    config = dataclasses.replace(config, ranking="tf", top_t=64)
+    facts = [Fact(statement="It was cold.", subject="nowhere")]
+    by_fact = build_examples(facts, tiny_tokenizer, usage, config, random.Random(0))
+    assert not any(by_fact[0][0].is_subject)
+    delta = finetune(attached, tiny_tokenizer, facts, usage, config).delta
+    everywhere = finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, anchor="all"))
+    assert ids_of(delta) == ids_of(everywhere.delta)
+
+
+@pytest.mark.parametrize("anchor", ["subject", "all"])
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_each_fact_of_a_batch_gets_its_own_top_t(
+    attached, tiny_tokenizer, facts, usage, config, anchor, num_parts
+):
+    config = dataclasses.replace(
+        config,
+        ranking="tf",
+        top_t=3,
+        num_epochs=1,
+        facts_per_batch=4,
+        anchor=anchor,
+        gradient_accumulation_steps=num_parts,
+    )
+    alone = []
+    for fact in facts:
+        delta = finetune(copy.deepcopy(attached), tiny_tokenizer, [fact], usage, config).delta
+        assert delta.num_slots_trained == 3
+        alone += ids_of(delta)["layer_1"]
+    together = finetune(attached, tiny_tokenizer, facts, usage, config).delta
+    assert ids_of(together)["layer_1"] == sorted(set(alone))
+
+
+def test_common_slots_can_be_ruled_out(attached, tiny_tokenizer, facts, usage, config):
+    config = dataclasses.replace(config, ranking="tf", anchor="all", top_t=64, max_document_frequency=0.5)
+    delta = finetune(attached, tiny_tokenizer, facts, usage, config).delta
+    trained = usage.pools["layer_1"].document_frequency[delta.changes["layer_1"].slot_ids]
+    assert (trained <= 0.5 * usage.num_documents).all()
+    assert (usage.pools["layer_1"].document_frequency > 0.5 * usage.num_documents).any()
+
+
+def train_densely(model, tokenizer, facts, config):
+    """The same loss on all slots by torch's SGD; returns all rows."""
+    torch.manual_seed(0)
+    rng = random.Random(config.seed)
+    by_fact = build_examples(facts, tokenizer, None, config, rng)
+    pool = pools(model)["layer_1"]
+    rows = pool.activate(torch.arange(pool.num_slots))
+    optimizer = torch.optim.SGD([rows], lr=config.lr, momentum=config.momentum)
+    for _ in range(config.num_epochs):
+        order = rng.sample(range(len(by_fact)), len(by_fact))
+        for start in range(0, len(order), config.facts_per_batch):
+            chosen = order[start : start + config.facts_per_batch]
+            batch = collate([example for index in chosen for example in by_fact[index]])
+            loss = -label_log_probs(model, *batch.model_inputs).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    pool.deactivate()
+    return pool.current(torch.arange(pool.num_slots))
+
+
+@pytest.mark.parametrize(
+    "batching", [{"facts_per_batch": 1}, {"facts_per_batch": 4, "momentum": 0.9}], ids=str
+)
+def test_training_every_slot_is_dense_training(attached, tiny_tokenizer, facts, usage, config, batching):
+    config = dataclasses.replace(
+        config, optimizer="sgd", learning_rate=0.5, top_t=64, ranking="tf", anchor="all", **batching
+    )
+    # Subjects are given or none: the reference looks for none itself.
+    facts = [dataclasses.replace(fact, subject=fact.subject or "Xix") for fact in facts]
+    dense = train_densely(copy.deepcopy(attached), tiny_tokenizer, facts, config)
+    finetune(attached, tiny_tokenizer, facts, usage, config)
+    sparse = pools(attached)["layer_1"].current(torch.arange(64))
+    assert dense.abs().max() > 0.01
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-6)
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_baseline_trains_other_weights_than_the_memorys(
+    attached, tiny_tokenizer, facts, usage, config, all_rows, method
+):
+    finetune(attached, tiny_tokenizer, facts[:1], usage, config)
+    rows, before = all_rows(attached), weights_of(attached)
+    options = {"peft": {"r": 2}} if method == "lora" else {}
+    config = dataclasses.replace(config, method=method, learning_rate=0.01, **options)
+    result = finetune(attached, tiny_tokenizer, facts, None, config)
+    assert result.delta is None
+    assert result.losses[-1] < result.losses[0]
+    assert equal(all_rows(attached), rows)
+    assert not result.model.training
+    after = {name.replace(".base_layer", ""): p for name, p in attached.named_parameters()}
+    moved = changed(before, after)
+    if method == "full":
+        assert moved == {name for name in before if ".memory." not in name}
+        assert result.num_trained == sum(before[name].numel() for name in moved)
+        assert result.model is attached
+    else:
+        assert moved == set()
+        trained = {name for name, p in result.model.named_parameters() if p.requires_grad}
+        assert trained
+        assert all("lora_" in name and ".memory." not in name for name in trained)
+        assert all(p.abs().max() > 0 for name, p in result.model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_baseline_needs_no_memory(tiny_model, tiny_tokenizer, facts, config, method):
+    config = dataclasses.replace(config, method=method, learning_rate=0.01)
+    result = finetune(tiny_model, tiny_tokenizer, facts, None, config)
+    assert result.losses[-1] < result.losses[0]
+
+
+@pytest.mark.parametrize("method", ["lorra", "Memory", ""])
+def test_an_unknown_method_is_named(attached, tiny_tokenizer, facts, usage, config, method):
+    with pytest.raises(ConfigError, match=f"method='{method}' is unknown; use memory, full or"):
+        finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, method=method))
+
+
+def test_an_unknown_schedule_is_named_and_nothing_moves(
+    attached, tiny_tokenizer, facts, usage, config, all_rows
+):
+    rows = all_rows(attached)
+    with pytest.raises(ConfigError, match="lr_scheduler='nonsense'"):
+        finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, lr_scheduler="nonsense"))
+    assert equal(all_rows(attached), rows)
+    assert all(p.requires_grad for p in attached.parameters())
+
+
+def fail_at(monkeypatch, step, make):
+    """Let the `step`-th loss of training be `make(loss)`."""
+    calls = []
+
+    def failing(*args):
+        calls.append(1)
+        log_probs = label_log_probs(*args)
+        return make(log_probs) if len(calls) == step else log_probs
+
+    monkeypatch.setattr(finetune_module, "label_log_probs", failing)
+
+
+def interrupt(_log_probs):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def taught(attached, tiny_tokenizer, usage, config):
+    finetune(attached, tiny_tokenizer, [Fact(statement="Oob sings.")], usage, config)
+    return attached
+
+
+def check_untouched(model, rows, logits, all_rows, logits_of):
+    assert equal(all_rows(model), rows)
+    assert torch.equal(logits_of(model), logits)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(pool.active is None for pool in pools(model).values())
+    assert all(layer.before_read is None for layer in memory_layers(model))
+    assert not any("forward" in vars(block) for block in find_blocks(model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_loss_that_is_not_finite_ends_it_and_puts_every_row_back(
+    taught, tiny_tokenizer, facts, usage, config, all_rows, logits_of, monkeypatch, value, step
+):
+    rows, logits = all_rows(taught), logits_of(taught)
+    fail_at(monkeypatch, step, lambda log_probs: log_probs * value)
+    with pytest.raises(
+        TrainingDivergedError, match=r"nothing was learned; lower the learning rate \(0\.05\)"
+    ):
+        finetune(taught, tiny_tokenizer, facts, usage, config)
+    check_untouched(taught, rows, logits, all_rows, logits_of)
+
+
+def test_a_huge_learning_rate_diverges(taught, tiny_tokenizer, facts, usage, config, all_rows, logits_of):
+    rows, logits = all_rows(taught), logits_of(taught)
+    with pytest.raises(TrainingDivergedError):
+        finetune(taught, tiny_tokenizer, facts, usage, dataclasses.replace(config, learning_rate=1e38))
+    check_untouched(taught, rows, logits, all_rows, logits_of)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_stop_within_a_step_puts_every_row_back(
+    taught, tiny_tokenizer, facts, usage, config, all_rows, logits_of, monkeypatch, step
+):
+    rows, logits = all_rows(taught), logits_of(taught)
+    fail_at(monkeypatch, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(taught, tiny_tokenizer, facts, usage, config)
+    check_untouched(taught, rows, logits, all_rows, logits_of)
+
+
+def test_a_stop_between_steps_puts_every_row_back(
+    taught, tiny_tokenizer, facts, usage, config, all_rows, logits_of
+):
+    rows, logits = all_rows(taught), logits_of(taught)
+
+    def stop(done, total, loss):
+        assert total == 6
+        assert loss > 0
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(taught, tiny_tokenizer, facts, usage, config, on_step=stop)
+    check_untouched(taught, rows, logits, all_rows, logits_of)
+
+
+def test_a_failing_evaluation_puts_every_row_back(
+    taught, tiny_tokenizer, facts, usage, config, all_rows, logits_of
+):
+    rows, logits = all_rows(taught), logits_of(taught)
+
+    def fail(_model):
+        raise RuntimeError("of the caller")
+
+    with pytest.raises(RuntimeError, match="of the caller"):
+        finetune(taught, tiny_tokenizer, facts, usage, config, evaluate=fail)
+    check_untouched(taught, rows, logits, all_rows, logits_of)
+
+
+def test_usage_of_other_keys_is_refused(taught, tiny_tokenizer, facts, usage, config, all_rows):
+    rows = all_rows(taught)
+    with torch.no_grad():
+        next(memory_layers(taught)).keys[0, 0, 0, 0] += 1
+    with pytest.raises(PoolMismatchError, match="count_usage"):
+        finetune(taught, tiny_tokenizer, facts, usage, config)
+    assert equal(all_rows(taught), rows)
+
+
+def test_usage_is_needed(attached, tiny_tokenizer, facts, config):
+    with pytest.raises(PoolMismatchError, match="needs background usage"):
+        finetune(attached, tiny_tokenizer, facts, None, config)
+
+
+def test_facts_are_needed(attached, tiny_tokenizer, usage, config):
+    with pytest.raises(DataError, match="no fact"):
+        finetune(attached, tiny_tokenizer, [], usage, config)
+
+
+def test_one_seed_gives_one_delta_and_another_another(attached, tiny_tokenizer, facts, usage, config):
+    def digest(seed):
+        seeded = dataclasses.replace(config, seed=seed, num_contexts=2)
+        return finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, seeded).delta.digest
+
+    assert digest(1) == digest(1)
+    assert len({digest(seed) for seed in range(4)}) > 1
+
+
+def test_the_model_is_evaluated_after_each_epoch_as_it_is_then(
+    attached, tiny_tokenizer, facts, usage, config, all_rows
+):
+    seen = []
+
+    def evaluate(model):
+        seen.append(all_rows(model)["layer_1"])
+        return len(seen)
+
+    result = finetune(attached, tiny_tokenizer, facts, usage, config, evaluate=evaluate)
+    assert result.evaluations == ((1, 1), (2, 2), (3, 3))
+    assert torch.equal(seen[-1], all_rows(attached)["layer_1"])
+    assert not torch.equal(seen[0], seen[-1])
+
+
+def test_evaluating_changes_nothing(attached, tiny_tokenizer, facts, usage, config, logits_of):
+    plain = finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, config)
+    watched = finetune(attached, tiny_tokenizer, facts, usage, config, evaluate=logits_of)
+    assert plain.delta.digest == watched.delta.digest
+
+
+def test_each_step_is_reported(attached, tiny_tokenizer, facts, usage, config):
+    seen = []
+    result = finetune(attached, tiny_tokenizer, facts, usage, config, on_step=lambda *step: seen.append(step))
+    assert seen == [(number, 6, loss) for number, loss in enumerate(result.losses, 1)]
+
+
+def test_the_prefix_cache_changes_no_row(attached, tiny_tokenizer, facts, usage, config):
+    rows = []
+    for size in (0, FinetuneConfig().prefix_cache_bytes):
+        sized = dataclasses.replace(config, prefix_cache_bytes=size, optimizer="sgd")
+        delta = finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, sized).delta
+        assert isinstance(delta, SparseDelta)
+        rows.append(delta.changes["layer_1"].after)
+    torch.testing.assert_close(*rows, rtol=0, atol=1e-6)
+
+
+def test_a_copy_learns_apart_from_its_original(
+    attached, tiny_tokenizer, facts, usage, config, all_rows, logits_of
+):
+    rows, logits, twin = all_rows(attached), logits_of(attached), copy.deepcopy(attached)
+    finetune(twin, tiny_tokenizer, facts, usage, config)
+    assert equal(all_rows(attached), rows)
+    assert torch.equal(logits_of(attached), logits)
+    assert not torch.equal(logits_of(twin), logits)
