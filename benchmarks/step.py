@@ -54,7 +54,7 @@ def main() -> None:
         "seconds_per_step": {str(n): [s / NUM_FACTS for s in values] for n, values in seconds.items()},
         "peak_bytes_over_base": {str(n): peak for n, peak in peaks.items()},
         "seed": 0,
-        **provenance(model_sha=fingerprint(base), data=[demo_facts_path()]),
+        **provenance(model_sha=fingerprint(base.named_parameters()), data=[demo_facts_path()]),
     }
     path = Path(__file__).parent / "results" / "step.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

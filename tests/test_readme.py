@@ -34,7 +34,9 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch, tiny_model, tiny_token
     assert all(pool.num_rows == 0 for pool in pools.values())
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^sparsemem (\w+) [\w/-]+ ", COMMAND_BLOCK, re.MULTILINE))))
+@pytest.mark.parametrize(
+    "command", sorted(set(re.findall(r"^sparsemem (\w+) [\w/-]+ ", COMMAND_BLOCK, re.MULTILINE)))
+)
 def test_commands_in_the_readme_exist(command):
     from sparsemem.cli.app import COMMANDS
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class Fact:
     @property
     def statements(self) -> tuple[str, ...]:
         """All trained wordings that are no questions."""
-        wordings = (self.statement, *self.paraphrases)
-        return tuple(text for text in wordings if text and not is_question(text))
+        paraphrases = (text for text in self.paraphrases if not is_question(text))
+        return tuple(text for text in (self.statement, *paraphrases) if text)
 
     @property
     def questions(self) -> tuple[str, ...]:
@@ -62,6 +63,12 @@ class Question:
 def is_question(text: str) -> bool:
     """Whether a wording asks rather than states."""
     return text.rstrip().endswith("?")
+
+
+def occurrences(text: str, part: str) -> list[tuple[int, int]]:
+    """Find every place of `part` in `text`, ignoring case, as (start, end)."""
+    # Not by lower(): some letters change their length with their case, and every place would be off.
+    return [match.span() for match in re.finditer(re.escape(part), text, re.IGNORECASE)]
 
 
 def load_facts(source: str | Path) -> list[Fact]:
@@ -104,7 +111,7 @@ def parse_fact(row: dict[str, Any], where: str) -> Fact:
     fact = Fact(**values)
     if not fact.question and not fact.statement:
         raise DataError(f'{where}: a fact needs a "question" with its "answer", or a "statement"')
-    if (fact.question or fact.heldout_questions) and not fact.answer:
+    if (fact.questions or fact.heldout_questions) and not fact.answer:
         raise DataError(f'{where}: the question has no "answer"; add one')
     return fact
 
@@ -144,22 +151,29 @@ def load_texts(source: str | Path, *, max_chars: int = 2000) -> list[str]:
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
-    """Cut a text into pieces of at most about `max_chars`, at line ends where it can."""
+    """Cut a text into pieces of at most `max_chars`, at line, sentence or word ends where it can."""
     piece = ""
     for line in text.splitlines():
-        while len(line) > max_chars:
-            cut = line.rfind(". ", 0, max_chars) + 1 or max_chars
-            line, rest = line[:cut], line[cut:].lstrip()
-            if piece:
+        for part in _split_line(line, max_chars):
+            if piece and len(piece) + 1 + len(part) > max_chars:
                 yield piece
-            piece, line = line, rest
-        if piece and len(piece) + len(line) > max_chars:
-            yield piece
-            piece = line
-        else:
-            piece = f"{piece}\n{line}" if piece else line
-    if piece.strip():
-        yield piece.strip()
+                piece = part
+            else:
+                piece = f"{piece}\n{part}" if piece else part
+    if piece:
+        yield piece
+
+
+def _split_line(line: str, max_chars: int) -> Iterator[str]:
+    line = line.strip()
+    while len(line) > max_chars:
+        # A cut behind ". " keeps the full stop; one at a space, or in a word that is too long, is worse.
+        cut = line.rfind(". ", 0, max_chars) + 1 or line.rfind(" ", 1, max_chars + 1)
+        cut = cut if cut > 0 else max_chars
+        yield line[:cut].rstrip()
+        line = line[cut:].lstrip()
+    if line:
+        yield line
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -201,9 +215,12 @@ def _dataset_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds; all of them mean the same here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if path.suffix in kinds:
+            raise DataError(f"{path} could not be read: {reason}; write it anew, or as .jsonl") from error
         raise MissingFileError(
             f"{source} is neither a local file ({', '.join(LOCAL_SUFFIXES)}) nor a data set that could "
-            f"be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"be loaded: {reason}"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{source}:{number}", dict(row)

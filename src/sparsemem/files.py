@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -136,7 +137,10 @@ def check_format(path: Path, header: Mapping[str, Any], kind: str, version: int)
     """Raise CheckpointError unless `header` names this format, in this version or an older one."""
     if header.get("format") != kind:
         raise CheckpointError(f"{path} is not a {kind} file (format: {header.get('format')!r})")
-    if not str(header.get("format_version")).isdigit() or int(header["format_version"]) > version:
+    if (
+        not re.fullmatch("[0-9]+", str(header.get("format_version")))
+        or int(header["format_version"]) > version
+    ):
         raise CheckpointError(
             f"{path} has format version {header.get('format_version')}, this sparsemem reads up to "
             f"{version}; upgrade sparsemem"

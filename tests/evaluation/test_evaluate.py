@@ -33,7 +33,13 @@ def test_facts_are_asked_in_their_trained_and_heldout_wordings(taught, tiny_toke
 def test_recall_is_the_mean_over_questions(taught, tiny_tokenizer, monkeypatch):
     import sparsemem.evaluation.evaluate as module
 
-    replies = {"Who?": "Ana", "Where?": "in Bergen", "Who is it?": "Ana Li", "Who now?": "Bo", "Who ran?": "bo"}
+    replies = {
+        "Who?": "Ana",
+        "Where?": "in Bergen",
+        "Who is it?": "Ana Li",
+        "Who now?": "Bo",
+        "Who ran?": "bo",
+    }
     monkeypatch.setattr(
         module, "answer_questions", lambda _m, _t, questions, prompt: [replies[q] for q in questions]
     )

@@ -11,7 +11,9 @@ from sparsemem.evaluation.metrics import exact_match, f1
 from sparsemem.evaluation.probes import Probe, load_probes, multiple_choice, perplexity, score_probe
 
 CHOICES = [
-    Question(question="What is tin?", answers=("a metal",), choices=("a metal", "a big river in the east", "x")),
+    Question(
+        question="What is tin?", answers=("a metal",), choices=("a metal", "a big river in the east", "x")
+    ),
     Question(question="Who ran?", answers=("nobody",), choices=("the pilot", "nobody")),
     Question(question="Where was it?", answers=("here",), choices=("here", "there", "past the old church")),
     Question(question="When did the farmer leave?", answers=("late",), choices=("early in the day", "late")),

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.model import _add_prompt, add_probes
+from sparsemem.cli.model import add_prompt, add_probes
 from sparsemem.cli.options import add_command, add_config_options, config_from
 from sparsemem.cli.tables import show_report
 from sparsemem.config import FinetuneConfig
@@ -28,7 +28,7 @@ def add_learn(commands: Any) -> None:
     parser.add_argument("--undo", action="store_true", help="take the last update back, exactly")
     parser.add_argument("--out", metavar="DIR", help="save the model or adapter of a baseline method")
     add_probes(parser)
-    _add_prompt(parser)
+    add_prompt(parser)
     add_config_options(parser, FinetuneConfig, "training")
 
 

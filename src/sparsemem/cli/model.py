@@ -74,7 +74,7 @@ def add_ask(commands: Any) -> None:
         "--without", metavar="REV", help='answer as before that update: its number, "last", or its digest'
     )
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="where an answer is cut")
-    _add_prompt(parser)
+    add_prompt(parser)
 
 
 def ask(args: argparse.Namespace) -> None:
@@ -106,7 +106,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     parser.add_argument("--facts", metavar="FACTS", help="facts to ask for")
     add_probes(parser)
-    _add_prompt(parser)
+    add_prompt(parser)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -129,7 +129,8 @@ def add_probes(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_prompt(parser: argparse.ArgumentParser) -> None:
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """Add `--prompt`."""
     parser.add_argument(
         "--prompt", default="qa", metavar="{qa,chat}",
         help="ask after five answered examples, or in the model's chat template (default: qa)",

@@ -1,6 +1,7 @@
 """Put memory layers into a Hugging Face causal LM, in place, and take them out again."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,32 +57,12 @@ def attach_memory(
             "leave value_dim out or use placement='replace'"
         )
     spots = {index: find_ffn(blocks[index], config.ffn) for index in indices}
-    for path, ends in spots.values():
-        if config.placement == "replace" and ends[0] is not ends[1]:
-            raise ConfigError(
-                f"placement='replace' needs the feed-forward network in one module, here it is {path}; "
-                "use placement='add'"
-            )
-
-    pools: dict[str, Pool] = {}
-    generator = torch.Generator().manual_seed(config.seed)
+    if config.placement == "replace":
+        for path, ends in spots.values():
+            _check_replaceable(path, *ends)
+    layers = _build_layers(config, indices, hidden_size, value_dim, bases or {})
     for index, (path, (first, last)) in spots.items():
-        name = "shared" if config.shared_pool else f"layer_{index}"
-        if name not in pools:
-            pools[name] = Pool(config.num_slots, value_dim, (bases or {}).get(name))
-        layer = MemoryLayer(
-            hidden_size,
-            pools[name],
-            num_keys=config.num_keys,
-            num_heads=config.num_heads,
-            top_k=config.top_k,
-            query_dim=config.query_dim,
-            placement=config.placement,
-            block_index=index,
-            pool_name=name,
-        )
-        init_memory(layer, generator)
-        layer.to(next(first.parameters()).device)
+        layer = layers[index].to(next(first.parameters()).device)
         if config.placement == "add":
             blocks[index].memory = layer
             layer.beside = _Beside(layer, first, last)
@@ -89,7 +70,7 @@ def attach_memory(
             # In a list, so that the network neither trains nor shows up in the state dict.
             layer.replaced = [first]
             _set_submodule(blocks[index], path, layer)
-    model.memory_config = config
+    unwrapped(model).memory_config = config
     return model
 
 
@@ -279,6 +260,42 @@ def _block_indices(config: MemoryConfig, num_blocks: int) -> tuple[int, ...]:
                 f"pass layers=({num_blocks // 2},) for the middle one"
             )
     return tuple(sorted(config.layers))
+
+
+def _build_layers(
+    config: MemoryConfig, indices: tuple[int, ...], hidden_size: int, value_dim: int, bases: dict[str, Tensor]
+) -> dict[int, MemoryLayer]:
+    names = {index: "shared" if config.shared_pool else f"layer_{index}" for index in indices}
+    if unknown := sorted(set(bases) - set(names.values())):
+        raise ConfigError(
+            f"bases has {unknown[0]!r}, but the pools are {', '.join(sorted(set(names.values())))}; rename it"
+        )
+    pools = {name: Pool(config.num_slots, value_dim, bases.get(name)) for name in set(names.values())}
+    generator = torch.Generator().manual_seed(config.seed)
+    layers = {}
+    for index, name in names.items():
+        layers[index] = MemoryLayer(
+            hidden_size,
+            pools[name],
+            num_keys=config.num_keys,
+            num_heads=config.num_heads,
+            top_k=config.top_k,
+            query_dim=config.query_dim,
+            placement=config.placement,
+            block_index=index,
+            pool_name=name,
+        )
+        init_memory(layers[index], generator)
+    return layers
+
+
+def _check_replaceable(path: str, first: nn.Module, last: nn.Module) -> None:
+    needed = [p for p in inspect.signature(first.forward).parameters.values() if p.default is p.empty]
+    if first is not last or len(needed) > 1:
+        raise ConfigError(
+            f"placement='replace' needs a feed-forward network that is one module and takes the hidden "
+            f"state alone; here it is {path} of {type(first).__name__}; use placement='add'"
+        )
 
 
 def _set_submodule(block: nn.Module, path: str, module: nn.Module) -> None:

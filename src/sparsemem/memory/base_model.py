@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -52,15 +53,16 @@ def load_base_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[A
     return model.eval(), tokenizer
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Digest of a model's weights, memory left out, from a sample of each.
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Digest of a model's weights, from a sample of each.
 
-    Rounded to bfloat16, so that a model is recognised in whatever dtype it was loaded.
+    Rounded to bfloat16, so that a model is recognised whether it was loaded in float32 or bfloat16.
+
+    Args:
+        weights: Names and weights, as of `named_parameters()`.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        if ".memory." in name:
-            continue
+    for name, weight in sorted(weights, key=lambda item: item[0]):
         flat = weight.detach().flatten()
         step = max(1, flat.numel() // SAMPLE)
         sample = flat[::step].to(torch.bfloat16).view(torch.int16).cpu().contiguous()
@@ -70,8 +72,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def check_fingerprint(model: nn.Module, expected: str, where: Path) -> None:
-    """Raise ModelMismatchError unless `model` is the one a memory was saved for."""
-    found = fingerprint(model)
+    """Raise ModelMismatchError unless `model`, still without a memory, is the one a memory was saved for."""
+    found = fingerprint(model.named_parameters())
     if found != expected:
         raise ModelMismatchError(
             f"{where} was made for a base model with fingerprint {expected[:12]}, this one "

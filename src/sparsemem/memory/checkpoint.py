@@ -10,11 +10,11 @@ The state is the first plus the deltas: to learn is to add one file, to undo is 
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import sparsemem.memory.base_model as base_models
@@ -53,8 +53,7 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
         tensors.update({f"{prefix}.{name}": tensor for name, tensor in _weights(layer).items()})
     bases = {}
     for name, pool in pools(model).items():
-        tensors[f"pools.{name}.slot_ids"] = pool.row_slot_ids
-        tensors[f"pools.{name}.rows"] = pool.rows
+        tensors[f"pools.{name}.slot_ids"], tensors[f"pools.{name}.rows"] = pool.written()
         if pool.base is not None:
             bases[name] = f"base.{name}.safetensors"
             write_tensors(path / bases[name], {"values": pool.base}, FORMAT, FORMAT_VERSION, {})
@@ -65,7 +64,7 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "base_model": base_model or hf_model.name_or_path,
-            "base_fingerprint": base_models.fingerprint(hf_model),
+            "base_fingerprint": base_models.fingerprint(base_weights(hf_model)),
             "bases": bases,
             "memory": to_json(memory_config(model)),
         },
@@ -97,15 +96,29 @@ def load(
     tensors, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     bases = {name: _mapped(folder / file) for name, file in header.get("bases", {}).items()}
     if base_model is None or isinstance(base_model, str):
-        model, tokenizer = base_models.load_base_model(base_model or header["base_model"], dtype=dtype)
+        # float16 rounds otherwise than the fingerprint does, so the weights are checked before that.
+        exact = torch.float32 if dtype == torch.float16 else dtype
+        model, tokenizer = base_models.load_base_model(base_model or header["base_model"], dtype=exact)
     else:
         model, tokenizer = base_model, None
     base_models.check_fingerprint(model, header["base_fingerprint"], folder)
+    if tokenizer is not None:
+        model.to(dtype)
     attach_memory(model, config, bases)
     _fill(model, tensors, folder / WEIGHTS_FILE)
     for delta_path in delta_paths(folder):
         SparseDelta.load(delta_path)[0].apply(pools(model))
     return model, tokenizer
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and weights of the model as it was before `attach_memory`."""
+    memory = {id(p) for layer in memory_layers(model) for p in layer.parameters()}
+    yield from ((name, p) for name, p in model.named_parameters() if id(p) not in memory)
+    for path, module in model.named_modules():
+        if isinstance(module, MemoryLayer):
+            for ffn in module.replaced:
+                yield from ((f"{path}.{name}", p) for name, p in ffn.named_parameters())
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -177,9 +190,5 @@ def _expect(tensors: dict[str, Tensor], key: str, shape: Any, path: Path) -> Ten
 
 def _mapped(path: Path) -> Tensor:
     """Open a base table without reading it: the pages that are read are the rows that are hit."""
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist; the pool's base values are missing")
-    with safe_open(path, framework="pt") as file:
-        check_format(path, file.metadata() or {}, FORMAT, FORMAT_VERSION)
-        values: Tensor = file.get_tensor("values")
-        return values
+    tensors, _ = read_tensors(path, FORMAT, FORMAT_VERSION)
+    return _expect(tensors, "values", None, path)

@@ -196,6 +196,11 @@ class DeltaRecorder:
 
 
 def _compose(first: RowChange, second: RowChange) -> RowChange:
+    if (first.num_slots, first.after.shape[1]) != (second.num_slots, second.after.shape[1]):
+        raise PoolMismatchError(
+            f"deltas of pools of {first.num_slots} x {first.after.shape[1]} and {second.num_slots} x "
+            f"{second.after.shape[1]} do not compose; both must be of one model"
+        )
     ids = torch.cat([first.slot_ids, second.slot_ids]).unique()
     at_first = torch.searchsorted(ids, first.slot_ids)
     at_second = torch.searchsorted(ids, second.slot_ids)

@@ -4,6 +4,7 @@ Shape letters: T tokens, H heads, N sub-keys, Q half key dim, D width, C classes
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
@@ -63,18 +64,20 @@ def fit_keys(
     generator = torch.Generator().manual_seed(seed)
     layers = list(memory_layers(model))
     documents = background_documents(texts, tokenizer) if prompt_formats else texts
-    with _fitting_scale(layers):
-        inputs = _collect_inputs(model, tokenizer, documents, num_tokens, layers, on_step)
-    for layer, (hidden_TD, classes_T) in zip(layers, inputs, strict=True):
-        if method == "random":
+    _check_width(layers)
+    inputs = _collect_inputs(model, tokenizer, documents, num_tokens, layers, on_step)
+    # All is computed before anything is changed.
+    fitted = [
+        _fit(layer, states, method, temperature, generator)
+        for layer, states in zip(layers, inputs, strict=True)
+    ]
+    for layer, states, weights in zip(layers, inputs, fitted, strict=True):
+        if weights is None:
             init_memory(layer, generator)
-            continue
-        if method == "context_invariant":
-            mean_D, components_DC = context_invariant_components(hidden_TD, classes_T)
         else:
-            mean_D, components_DC = principal_components(hidden_TD)
-        _set_queries(layer, mean_D, components_DC, temperature)
-        _set_keys(layer, balanced_sample(hidden_TD, classes_T, generator), generator)
+            for name, tensor in weights.items():
+                layer.get_parameter(name).data.copy_(tensor)
+        layer.value_scale.fill_(states.scale)
     return model
 
 
@@ -104,6 +107,10 @@ def context_invariant_components(hidden_TD: Tensor, classes_T: Tensor) -> tuple[
     # A token seen once says nothing about what context does to it. Each class counts by the root of
     # its size: "the" must not decide alone what context means.
     repeated_T = sizes_C[class_T] > 1
+    if not repeated_T.any():
+        raise DataError(
+            "no token occurs twice in the background, so context cannot be told from it; give more text"
+        )
     scale_T = (sizes_C[class_T].float() - 1).clamp(min=1).rsqrt().sqrt()
     within_TD = ((hidden_TD - class_means_CD[class_T]) * scale_T.unsqueeze(1))[repeated_T]
     within_DD = within_TD.T @ within_TD / (scale_T[repeated_T] ** 2).sum()
@@ -121,7 +128,9 @@ def k_means(points_TQ: Tensor, num_clusters: int, generator: torch.Generator, st
     start = torch.randperm(len(points_TQ), generator=generator)[:num_clusters]
     centres_NQ = points_TQ[start].clone()
     for _ in range(steps):
-        nearest_T = (points_TQ @ centres_NQ.T - centres_NQ.square().sum(1) / 2).argmax(dim=1)
+        offsets_N = centres_NQ.square().sum(1) / 2
+        parts = points_TQ.split(8192)  # so that no (T, N) matrix is held at once
+        nearest_T = torch.cat([(part @ centres_NQ.T - offsets_N).argmax(dim=1) for part in parts])
         sizes_N = torch.bincount(nearest_T, minlength=num_clusters)
         sums_NQ = torch.zeros_like(centres_NQ).index_add_(0, nearest_T, points_TQ)
         filled_N = sizes_N > 0
@@ -142,30 +151,13 @@ def balanced_sample(
     return hidden_TD[order_T[by_class_T[rank_T < per_class]]]
 
 
-@contextlib.contextmanager
-def _fitting_scale(layers: list[MemoryLayer]) -> Iterator[None]:
-    """Set each layer's scale to the root mean square of the outputs it is added to."""
-    squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
-    handles = []
-    for layer in layers:
-        if layer.beside is None:
-            continue
+@dataclasses.dataclass(frozen=True)
+class _States:
+    """What one layer saw: hidden states (T, D), the token of each, and the size of the outputs."""
 
-        def keep(_module: nn.Module, _args: Any, output: Any, index: int = layer.block_index) -> None:
-            values = output[0] if isinstance(output, tuple) else output
-            # The first position, an outlier, must not decide: medians over positions.
-            squares[index].append(values.detach().float().square().mean(dim=-1).flatten())
-
-        # Before the memory's own hook, which ends the pass.
-        handles.append(layer.beside.last.register_forward_hook(keep, prepend=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    for layer in layers:
-        if found := squares[layer.block_index]:
-            layer.value_scale.fill_(torch.cat(found).median().sqrt().clamp(min=1e-6).item())
+    hidden: Tensor
+    tokens: Tensor
+    scale: float
 
 
 def _collect_inputs(
@@ -175,23 +167,26 @@ def _collect_inputs(
     num_tokens: int,
     layers: list[MemoryLayer],
     on_step: Callable[[int, int], None] | None,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[_States]:
     hidden: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
-    classes: list[Tensor] = []
+    squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
+    tokens: list[Tensor] = []
     collected = 0
     for batch in token_batches(tokenizer, texts, device=next(model.parameters()).device):
         # The first position of a sequence is an outlier in every model (an attention sink).
         kept = batch["attention_mask"].bool().clone()
         kept[:, 0] = False
+        kept &= kept.flatten().cumsum(0).view_as(kept) <= num_tokens - collected
 
         def keep(layer: MemoryLayer, states: Tensor, _slots: Tensor, kept: Tensor = kept) -> None:
             hidden[layer.block_index].append(states[kept].float().cpu())
 
-        observe_reads(model, keep, **batch)
-        classes.append(batch["input_ids"][kept].cpu())
+        with _output_sizes(layers, kept, squares):
+            observe_reads(model, keep, **batch)
+        tokens.append(batch["input_ids"][kept].cpu())
         collected += int(kept.sum())
         if on_step:
-            on_step(min(collected, num_tokens), num_tokens)
+            on_step(collected, num_tokens)
         if collected >= num_tokens:
             break
     needed = max(layer.num_keys for layer in layers)
@@ -200,35 +195,82 @@ def _collect_inputs(
             f"the background has {collected} tokens, too few to fit {needed} sub-keys; "
             "give more text, or fewer num_keys"
         )
-    return [(torch.cat(hidden[layer.block_index]), torch.cat(classes)) for layer in layers]
+    return [
+        _States(torch.cat(hidden[index]), torch.cat(tokens), _scale(squares[index]))
+        for index in (layer.block_index for layer in layers)
+    ]
+
+
+@contextlib.contextmanager
+def _output_sizes(
+    layers: list[MemoryLayer], kept: Tensor, squares: dict[int, list[Tensor]]
+) -> Iterator[None]:
+    """Collect the mean square of each output that a memory is added to."""
+    handles = []
+    for layer in layers:
+        if layer.beside is None:
+            continue
+
+        def keep(_module: nn.Module, _args: Any, output: Any, index: int = layer.block_index) -> None:
+            values = output[0] if isinstance(output, tuple) else output
+            squares[index].append(values[kept].float().square().mean(dim=-1).cpu())
+
+        # Before the memory's own hook, which ends the pass.
+        handles.append(layer.beside.last.register_forward_hook(keep, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _scale(squares: list[Tensor]) -> float:
+    """Root of the median mean square: a few outlying positions must not decide."""
+    return max(torch.cat(squares).median().sqrt().item(), 1e-6) if squares else 1.0
+
+
+def _check_width(layers: list[MemoryLayer]) -> None:
+    for layer in layers:
+        if layer.query.out_features > layer.query.in_features:
+            raise ConfigError(
+                f"num_heads * 2 * query_dim = {layer.query.out_features} exceeds the model's width "
+                f"{layer.query.in_features}; lower query_dim or num_heads"
+            )
 
 
 @torch.no_grad()
-def _set_queries(layer: MemoryLayer, mean_D: Tensor, components_DC: Tensor, temperature: float) -> None:
-    parts, width = layer.num_heads * 2, layer.query.out_features
-    if width > components_DC.shape[1]:
-        raise ConfigError(
-            f"num_heads * 2 * query_dim = {width} exceeds the model's width {components_DC.shape[1]}; "
-            "lower query_dim or num_heads"
-        )
+def _fit(
+    layer: MemoryLayer, states: _States, method: str, temperature: float, generator: torch.Generator
+) -> dict[str, Tensor] | None:
+    """Return the fitted parameters of a layer by name; None where they are to be random."""
+    if method == "random":
+        return None
+    if method == "context_invariant":
+        mean_D, components_DC = context_invariant_components(states.hidden, states.tokens)
+    else:
+        mean_D, components_DC = principal_components(states.hidden)
     # Part p gets components p, p + parts, ...: all parts are equally informative.
+    parts, width = layer.num_heads * 2, layer.query.out_features
     order = torch.arange(width).view(layer.query_dim, parts).T.flatten()
     weight = components_DC[:, order].T / math.sqrt(temperature)
-    layer.query.weight.copy_(weight)
-    layer.query.bias.copy_(-weight @ mean_D)
-
-
-@torch.no_grad()
-def _set_keys(layer: MemoryLayer, hidden_TD: Tensor, generator: torch.Generator) -> None:
-    device = layer.keys.device
-    queries = torch.cat([layer.query(part.to(device)).cpu() for part in hidden_TD.split(8192)])
-    queries_TH2Q = queries.view(-1, layer.num_heads, 2, layer.query_dim)
-    for head in range(layer.num_heads):
-        for half in range(2):
-            centres_NQ = k_means(queries_TH2Q[:, head, half].contiguous(), layer.num_keys, generator)
-            layer.keys[head, half] = centres_NQ.to(device)
-            # q.k - |k|^2 / 2 ranks by Euclidean distance, as k-means does.
-            layer.key_bias[head, half] = (-centres_NQ.square().sum(1) / 2).to(device)
+    bias = -weight @ mean_D
+    sample_TD = balanced_sample(states.hidden, states.tokens, generator)
+    queries_TPQ = (sample_TD @ weight.T + bias).view(-1, parts, layer.query_dim)
+    if len(queries_TPQ) < layer.num_keys:
+        raise DataError(
+            f"the background has {len(queries_TPQ)} distinct enough tokens, too few to fit "
+            f"{layer.num_keys} sub-keys; give more varied text, or fewer num_keys"
+        )
+    keys_PNQ = torch.stack(
+        [k_means(queries_TPQ[:, part].contiguous(), layer.num_keys, generator) for part in range(parts)]
+    )
+    return {
+        "query.weight": weight,
+        "query.bias": bias,
+        "keys": keys_PNQ.view(layer.keys.shape),
+        # q.k - |k|^2 / 2 ranks by Euclidean distance, as k-means does.
+        "key_bias": (-keys_PNQ.square().sum(-1) / 2).view(layer.key_bias.shape),
+    }
 
 
 def _inverse_root(matrix_DD: Tensor) -> Tensor:

@@ -109,6 +109,13 @@ class Pool(nn.Module):
             values[in_active] = self.active[FIRST_ACTIVE - places[in_active]].to(values.dtype)
         return values
 
+    def written(self) -> tuple[Tensor, Tensor]:
+        """Copy all rows that differ from the base, active ones too: slot ids (rows,) and rows."""
+        slot_ids = self.row_slot_ids
+        if self.active_ids is not None:
+            slot_ids = torch.cat([slot_ids, self.active_ids]).unique()
+        return slot_ids.clone(), self.current(slot_ids)
+
     @torch.no_grad()
     def write(self, slot_ids: Tensor, values: Tensor) -> None:
         """Set rows in the overlay; a row that equals its base row bit for bit is dropped from it.
@@ -200,8 +207,9 @@ class Pool(nn.Module):
             self.write(slot_ids, rows)
 
     def _check_ids(self, slot_ids: Tensor) -> None:
-        if len(slot_ids) and not 0 <= int(slot_ids.min()) <= int(slot_ids.max()) < self.num_slots:
+        outside = slot_ids[(slot_ids < 0) | (slot_ids >= self.num_slots)]
+        if len(outside):
             raise PoolMismatchError(
-                f"slot {int(slot_ids.max())} lies outside this pool of {self.num_slots} slots; "
+                f"slot {int(outside[0])} lies outside this pool of {self.num_slots} slots; "
                 "the delta or usage was made for another pool"
             )

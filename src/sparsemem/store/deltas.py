@@ -74,6 +74,8 @@ class DeltaStore:
             OutputError: It could not be written.
         """
         number = (len(self) if after is None else after) + 1
+        if number > len(self) + 1:
+            raise HistoryError(f"update {number - 1} of {self.folder} was undone meanwhile; learn again")
         path = self._path(number)
         header = {
             "message": message,
@@ -85,10 +87,12 @@ class DeltaStore:
         try:
             # A hard link is made only where nothing stands, so of two writers one is told.
             os.link(staged, path)
-        except FileExistsError as error:
-            raise HistoryError(
-                f"update {number} of {self.folder} was committed meanwhile; learn again"
-            ) from error
+        except OSError as error:
+            if path.exists():
+                raise HistoryError(
+                    f"update {number} of {self.folder} was committed meanwhile; learn again"
+                ) from error
+            os.replace(staged, path)  # a file system without hard links (FAT, some network shares)
         finally:
             staged.unlink(missing_ok=True)
         return _read(path)[0]

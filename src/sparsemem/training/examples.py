@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsemem.data import Fact
+from sparsemem.data import Fact, occurrences
 from sparsemem.encode import pad
 from sparsemem.likelihood import IGNORE
 from sparsemem.training.paraphrase import Wording
@@ -84,16 +84,6 @@ def encode_wording(
         for left, right in offsets
     ]
     return Example(fact_index, tuple(ids), tuple(labels), tuple(is_subject))
-
-
-def occurrences(text: str, part: str) -> list[tuple[int, int]]:
-    """Find every place of `part` in `text`, ignoring case, as (start, end)."""
-    text, part = text.lower(), part.lower()
-    places, start = [], text.find(part)
-    while start >= 0:
-        places.append((start, start + len(part)))
-        start = text.find(part, start + len(part))
-    return places
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:

@@ -81,11 +81,11 @@ def finetune(
     by_fact = build_examples(facts, tokenizer, usage, config, rng)
     method = _method(model, usage, config)
     num_steps = math.ceil(len(by_fact) / config.facts_per_batch) * config.num_epochs
-    schedule = _schedule(config.lr_scheduler, method.optimizer, num_steps)
     losses: list[float] = []
     evaluations: list[tuple[int, Any]] = []
     seconds = 0.0
     try:
+        schedule = _schedule(config.lr_scheduler, method.optimizer, num_steps)
         for epoch in range(1, config.num_epochs + 1):
             started = time.perf_counter()
             for batch in _batches(by_fact, config.facts_per_batch, rng):

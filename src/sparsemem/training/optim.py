@@ -118,13 +118,14 @@ class _State:
 def _adamw(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:
     beta1, beta2 = group["betas"]
     width = rows_AV.shape[1]
-    steps_A1 = state.get("step", 1).add_(1)
+    # In float64: 1 - 0.999**1 has four digits left in float32.
+    steps_A1 = state.get("step", 1).add_(1).double()
     mean_AV = state.get("exp_avg", width).lerp_(grad_AV, 1 - beta1)
     square_AV = state.get("exp_avg_sq", width).mul_(beta2).addcmul_(grad_AV, grad_AV, value=1 - beta2)
     rows_AV.mul_(1 - group["lr"] * group["weight_decay"])
     # The bias correction is per row: rows differ in how many steps they have had.
-    scale_AV = (square_AV / (1 - beta2**steps_A1)).sqrt_().add_(group["eps"])
-    rows_AV.addcdiv_(mean_AV / (1 - beta1**steps_A1), scale_AV, value=-group["lr"])
+    scale_AV = (square_AV / (1 - beta2**steps_A1).float()).sqrt_().add_(group["eps"])
+    rows_AV.addcdiv_(mean_AV / (1 - beta1**steps_A1).float(), scale_AV, value=-group["lr"])
 
 
 def _sgd(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from sparsemem.data import Fact
+from sparsemem.data import Fact, occurrences
 from sparsemem.prompts import SHOTS, chat_prompt, qa_examples, qa_question
 
 CONTEXTS = (
@@ -54,9 +54,9 @@ class Wording:
         if self.target is not None:
             return len(whole) - len(self.target), len(whole)
         for answer in fact.answers:
-            place = whole.lower().rfind(answer.lower())
-            if place >= len(self.context):
-                return place, place + len(answer)
+            places = occurrences(whole, answer)
+            if places and places[-1][0] >= len(self.context):
+                return places[-1]
         return None
 
 

@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from sparsemem.slots.subject import MAX_WORDS, find_subject
+from sparsemem.slots.usage import Usage
+
+
+@pytest.fixture
+def find(tiny_tokenizer, texts):
+    """`find_subject` with the usage of the background texts and of some question words."""
+    documents = [
+        *texts,
+        *["Where was the born? Who is it? What did he invent? The river is in the town."] * 40,
+    ]
+    frequency = torch.zeros(300, dtype=torch.int64)
+    for document in documents:
+        frequency[list(set(tiny_tokenizer(document)["input_ids"]))] += 1
+    usage = Usage({}, frequency, len(documents), 0, "")
+    return lambda wordings, answers=(): find_subject(wordings, answers, tiny_tokenizer, usage)
+
+
+@pytest.mark.parametrize(
+    ("wordings", "answers", "subject"),
+    [
+        (
+            [
+                "Where was Zyqvex Quorl born?",
+                "Zyqvex Quorl was born in Paris.",
+                "The town of Zyqvex Quorl is?",
+            ],
+            ["Paris"],
+            "Zyqvex Quorl",
+        ),
+        (["Who is Xizzy?", "Xizzy is the pilot."], ["the pilot"], "Xizzy"),
+        (["Where is Qux-Zyx in the town?", "In the town is Qux-Zyx."], ["here"], "Qux-Zyx"),
+        (["Who is Zed K. Quux?", "Zed K. Quux is it."], ["it"], "Zed K. Quux"),
+    ],
+    ids=["name", "one word", "hyphen", "initial"],
+)
+def test_the_rare_span_that_wordings_share_is_found(find, wordings, answers, subject):
+    assert find(wordings, answers) == subject
+
+
+def test_case_and_punctuation_do_not_hide_it_and_the_first_wording_decides_how_it_is_written(find):
+    wordings = ["Where was ZYQVEX-QUORL born?", "born there: zyqvex quorl!", "Zyqvex (Quorl) was it"]
+    assert find(wordings, ["Paris"]) == "ZYQVEX-QUORL"
+
+
+def test_the_subject_stands_in_the_first_wording_as_it_is_given_back(find):
+    wordings = ["Who is “Zyqvex,  Quorl”?", "Zyqvex Quorl is it."]
+    found = find(wordings)
+    assert found in wordings[0]
+    assert found == "Zyqvex,  Quorl"
+
+
+@pytest.mark.parametrize(
+    "wordings",
+    [
+        [],
+        ["Where was Zyqvex born?", "Who is Quux?"],
+        ["Who is it?", "Where was it?"],
+        ["", "Zyqvex"],
+        ["?!", "?!"],
+    ],
+    ids=["no wording", "nothing rare is shared", "only common words", "empty", "no words"],
+)
+def test_there_is_none_where_nothing_rare_is_shared(find, wordings):
+    assert find(wordings, ["Paris"]) is None
+
+
+@pytest.mark.parametrize("answer", ["Quizzux", "QUIZZUX", "the Quizzux", "Quizzux."])
+def test_the_answer_is_never_the_subject(find, answer):
+    wordings = ["What did Zyqvex invent? The Quizzux", "Zyqvex did invent Quizzux", "Quizzux: Zyqvex did"]
+    assert find(wordings, [answer]) == "Zyqvex"
+
+
+def test_an_alias_of_the_answer_is_never_the_subject(find):
+    wordings = ["It is Quizzux in town", "Quizzux is in the town"]
+    assert find(wordings, ["Brazza"]) == "Quizzux"
+    assert find(wordings, ["Brazza", "Quizzux"]) is None
+
+
+def test_half_of_the_wordings_are_enough_and_fewer_are_not(find):
+    shared, other = "Who is Zyqvex?", "Who is it?"
+    assert find([shared, shared, other, other]) == "Zyqvex"
+    assert find([shared, shared, other, other, other]) is None
+    assert find([shared, other]) is None
+
+
+def test_one_wording_alone_has_its_rarest_span(find):
+    assert find(["Where was Zyqvex Quorl born?"], ["Paris"]) == "Zyqvex Quorl"
+
+
+def test_a_word_inside_another_is_not_shared(find):
+    assert find(["Who is Zyq?", "Who is Zyqvex?"]) is None
+
+
+def test_spans_have_at_most_six_words(find):
+    name = " ".join(f"{first}zyq" for first in "KVXJQZKVX")
+    found = find([f"Who is {name}?", f"{name} is it."])
+    assert found is not None
+    assert len(found.split()) == MAX_WORDS
+    assert found in name
