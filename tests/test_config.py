@@ -3,7 +3,15 @@ import json
 
 import pytest
 
-from sparsemem.config import FinetuneConfig, MemoryConfig, field_docs, from_json, to_json
+from sparsemem.config import (
+    DEFAULT_LEARNING_RATES,
+    PEFT_LEARNING_RATE,
+    FinetuneConfig,
+    MemoryConfig,
+    field_docs,
+    from_json,
+    to_json,
+)
 from sparsemem.errors import ConfigError
 
 CONFIGS = (MemoryConfig, FinetuneConfig)
@@ -38,19 +46,13 @@ def test_an_unknown_choice_is_named_with_the_known_ones(cls, name, right):
         (FinetuneConfig, "num_contexts"),
         (FinetuneConfig, "max_length"),
         (FinetuneConfig, "learning_rate"),
-        (FinetuneConfig, "max_document_frequency"),
+        (FinetuneConfig, "max_commonness"),
     ],
 )
 @pytest.mark.parametrize("value", [0, -3])
 def test_a_number_that_is_not_positive_is_named_with_a_remedy(cls, name, value):
     with pytest.raises(ConfigError, match=rf"{name}={value}\b.*; use "):
         cls(**{name: value})
-
-
-@pytest.mark.parametrize("value", [float("nan"), 1.5])
-def test_a_document_frequency_is_a_fraction(value):
-    with pytest.raises(ConfigError, match=f"max_document_frequency={value}"):
-        FinetuneConfig(max_document_frequency=value)
 
 
 def test_a_learning_rate_is_a_number():
@@ -106,7 +108,13 @@ def test_an_unknown_option_is_named_with_its_file_and_the_known_ones(cls):
 
 
 def test_the_learning_rate_follows_the_method():
-    assert FinetuneConfig().lr == 0.1
-    assert FinetuneConfig(method="full").lr == 2e-5
-    assert FinetuneConfig(method="lora").lr == FinetuneConfig(method="ia3").lr == 2e-4
+    assert FinetuneConfig().lr == DEFAULT_LEARNING_RATES["memory"]
+    assert FinetuneConfig(method="full").lr == DEFAULT_LEARNING_RATES["full"]
+    assert FinetuneConfig(method="lora").lr == FinetuneConfig(method="ia3").lr == PEFT_LEARNING_RATE
     assert FinetuneConfig(method="lora", learning_rate=0.5).lr == 0.5
+
+
+def test_the_text_of_the_learning_rate_names_the_defaults():
+    text = field_docs(FinetuneConfig)["learning_rate"]
+    numbers = {float(number.rstrip(",.")) for number in text.split() if number[0].isdigit()}
+    assert numbers == {*DEFAULT_LEARNING_RATES.values(), PEFT_LEARNING_RATE}

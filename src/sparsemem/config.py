@@ -21,7 +21,7 @@ class MemoryConfig:
     """Blocks that get a memory, counted from 0; "auto" is one at 13 % of the depth."""
     placement: Literal["add", "replace"] = "add"
     """Beside the feed-forward network (logits unchanged at attach), or gated in its place."""
-    num_keys: int = 256
+    num_keys: int = 1024
     """Sub-keys per half; the pool has num_keys**2 slots."""
     num_heads: int = 4
     """Independent lookups per token."""
@@ -45,6 +45,8 @@ class MemoryConfig:
             raise ConfigError(f"layers={self.layers} names no block or one twice; pass e.g. layers=(4,)")
         _check_choices(self)
         _check_positive(self, "num_keys", "num_heads", "top_k", "query_dim")
+        if self.value_dim is not None:
+            _check_positive(self, "value_dim")
         if self.top_k > self.num_keys**2:
             raise ConfigError(
                 f"top_k={self.top_k} exceeds the {self.num_keys**2} slots; lower it or raise num_keys"
@@ -56,7 +58,7 @@ class MemoryConfig:
         return self.num_keys**2
 
 
-DEFAULT_LEARNING_RATES = {"memory": 0.1, "full": 2e-5}
+DEFAULT_LEARNING_RATES = {"memory": 0.2, "full": 2e-5}
 PEFT_LEARNING_RATE = 2e-4
 
 
@@ -66,16 +68,16 @@ class FinetuneConfig:
 
     method: str = "memory"
     """What may move: "memory", "full", or a PEFT type by its name ("lora", "ia3", ...)."""
-    top_t: int = 500
+    top_t: int = 300
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
-    max_document_frequency: float = 1.0
-    """Slots that a larger fraction of the background's documents reads are never trained."""
+    max_commonness: float = 4.0
+    """Slots that more documents read than this many times the average slot are never trained."""
     anchor: Literal["subject", "all"] = "subject"
     """Rank the slots read at the subject's tokens only, or (as the paper does) at all tokens."""
     learning_rate: float | None = None
-    """Step size; by default 0.1 for memory, 2e-5 for full, 2e-4 for PEFT methods."""
+    """Step size; by default 0.2 for memory, 2e-5 for full, 2e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -84,7 +86,7 @@ class FinetuneConfig:
     """Momentum of "sgd"."""
     weight_decay: float = 0.0
     """Weight decay of either optimizer."""
-    num_epochs: int = 10
+    num_epochs: int = 6
     """Passes over the facts."""
     facts_per_batch: int = 1
     """Facts per optimizer step, each with all its wordings."""
@@ -108,14 +110,9 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         counts = ("top_t", "num_epochs", "facts_per_batch", "gradient_accumulation_steps", "num_contexts")
-        _check_positive(self, *counts, "max_length")
+        _check_positive(self, *counts, "max_length", "max_commonness")
         if not 0 <= self.num_own_paraphrases <= 4:
             raise ConfigError(f"num_own_paraphrases={self.num_own_paraphrases} is not within 0 to 4")
-        if not 0 < self.max_document_frequency <= 1:
-            raise ConfigError(
-                f"max_document_frequency={self.max_document_frequency} is no fraction of the documents; "
-                "use more than 0 and at most 1"
-            )
         if self.learning_rate is not None:
             _check_positive(self, "learning_rate")
 
@@ -144,7 +141,12 @@ def from_json(cls: type[ConfigT], values: dict[str, Any], source: Path | str) ->
     if unknown:
         raise ConfigError(f"{source}: unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
     lists_as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return cls(**lists_as_tuples)
+    try:
+        return cls(**lists_as_tuples)
+    except TypeError as error:
+        raise ConfigError(
+            f"{source}: an option has a value of the wrong type ({error}); correct it"
+        ) from error
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -23,7 +23,8 @@ stderr = Console(stderr=True, highlight=False)
 
 def say(text: str = "", style: str = "") -> None:
     """Write a line to stderr; `text` is printed as it is."""
-    stderr.print(Text(text, style=style))
+    # Not folded at 80 columns where nobody looks: a line stays a line, a path stays whole.
+    stderr.print(Text(text, style=style), soft_wrap=True)
 
 
 def emit(text: str) -> None:

@@ -154,26 +154,25 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
     """Cut a text into pieces of at most `max_chars`, at line, sentence or word ends where it can."""
     piece = ""
     for line in text.splitlines():
-        for part in _split_line(line, max_chars):
+        for part in _cut(line, max_chars):
             if piece and len(piece) + 1 + len(part) > max_chars:
-                yield piece
+                if piece.strip():
+                    yield piece.strip()
                 piece = part
             else:
                 piece = f"{piece}\n{part}" if piece else part
-    if piece:
-        yield piece
+    if piece.strip():
+        yield piece.strip()
 
 
-def _split_line(line: str, max_chars: int) -> Iterator[str]:
-    line = line.strip()
+def _cut(line: str, max_chars: int) -> Iterator[str]:
     while len(line) > max_chars:
-        # A cut behind ". " keeps the full stop; one at a space, or in a word that is too long, is worse.
-        cut = line.rfind(". ", 0, max_chars) + 1 or line.rfind(" ", 1, max_chars + 1)
-        cut = cut if cut > 0 else max_chars
-        yield line[:cut].rstrip()
-        line = line[cut:].lstrip()
-    if line:
-        yield line
+        # Behind a full stop, else at a space, else within a word that is longer than a piece.
+        end = line.rfind(". ", 0, max_chars) + 1 or line.rfind(" ", 1, max_chars + 1)
+        end = end if end > 0 else max_chars
+        yield line[:end].rstrip()
+        line = line[end:].lstrip()
+    yield line
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -58,6 +58,12 @@ class OutputError(SparsememError, OSError):
     exit_code = 1
 
 
+class ExistsError(OutputError):
+    """The folder to make is there already."""
+
+    exit_code = 2
+
+
 class MissingDependencyError(SparsememError, ImportError):
     """An optional package is not installed."""
 

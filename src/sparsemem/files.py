@@ -1,6 +1,7 @@
 """Files that are whole or not there: atomic writes, and safetensors with a format and a version."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsemem.errors import CheckpointError, MissingFileError, OutputError
+from sparsemem.errors import CheckpointError, ExistsError, MissingFileError, OutputError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -50,15 +51,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def check_new(path: Path) -> None:
+    """Raise ExistsError if `path` is a file, or a folder with content."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ExistsError(f"{path} exists already; choose another folder or remove it")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path` to fill; it takes that name once filled, or vanishes.
 
     Raises:
-        OutputError: `path` has content already, or the folder could not be written.
+        ExistsError: `path` has content already.
+        OutputError: The folder could not be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} exists already; choose another folder or remove it")
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -131,6 +138,12 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); restore it from a copy") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_format(path: Path, header: Mapping[str, Any], kind: str, version: int) -> None:

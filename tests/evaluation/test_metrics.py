@@ -24,12 +24,6 @@ def test_normalized(text, expected):
     assert normalize(text) == expected
 
 
-@given(st.text(max_size=30))
-def test_normalizing_twice_is_normalizing_once_for_plain_words(text):
-    words = " ".join("".join(c for c in text if c.isalpha() and c.lower() not in "ant").split())
-    assert normalize(normalize(words)) == normalize(words)
-
-
 @pytest.mark.parametrize(
     ("prediction", "answers", "expected"),
     [

@@ -105,14 +105,14 @@ def test_every_layer_is_fitted(tiny_model, tiny_tokenizer, texts, method, placem
     assert not torch.equal(*after)
 
 
-def test_value_scale_is_the_median_size_of_the_outputs_it_is_added_to_padding_excluded(
+def test_value_scale_is_the_median_size_of_outputs_without_padding_and_first_positions(
     attached, tiny_tokenizer, texts
 ):
     texts = [texts[0], *(text[:9] for text in texts[1:8])]
     sizes = []
     feed_forward = attached.model.layers[1].mlp
     handle = feed_forward.register_forward_hook(
-        lambda _module, _args, output: sizes.append(output.square().mean(dim=-1).flatten())
+        lambda _module, _args, output: sizes.append(output[:, 1:].square().mean(dim=-1).flatten())
     )
     for text in texts:
         with torch.no_grad():

@@ -14,18 +14,14 @@ from sparsemem.slots.usage import PoolUsage
 every_ranking = pytest.mark.parametrize("ranking", RANKINGS.values(), ids=RANKINGS.keys())
 
 READS = torch.tensor([6, 0, 3, 1])
-USAGE = PoolUsage(
-    reads=torch.tensor([40, 10, 0, 6]),
-    document_frequency=torch.tensor([9, 4, 0, 2]),
-    num_documents=9,
-    total_reads=56,
-    num_slots=4,
+USAGE = PoolUsage.of_pool(
+    reads=torch.tensor([40, 10, 0, 6]), document_frequency=torch.tensor([9, 4, 0, 2]), num_documents=9
 )
 
 
 def pool_usage(reads, frequency, num_documents):
     reads, frequency = torch.tensor(reads), torch.tensor(frequency)
-    return PoolUsage(reads, frequency, num_documents, int(reads.sum()), len(reads))
+    return PoolUsage.of_pool(reads, frequency, num_documents)
 
 
 counts = st.integers(1, 12).flatmap(

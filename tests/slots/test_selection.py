@@ -14,7 +14,7 @@ def background(frequency=None, num_documents=9):
     if frequency is None:
         frequency = [0] * SLOTS
     frequency = torch.tensor(frequency)
-    return PoolUsage(frequency * 3, frequency, num_documents, int(frequency.sum()) * 3, SLOTS)
+    return PoolUsage.of_pool(frequency * 3, frequency, num_documents)
 
 
 def select(reads, groups=None, usage=None, ranking=tf, top_t=100, **options):
@@ -84,9 +84,10 @@ def test_slots_that_too_many_documents_read_are_left_out():
     usage = background(frequency, num_documents=20)
     reads = [2, 10, 11, 19]
     assert select(reads, usage=usage) == reads
-    assert select(reads, usage=usage, max_document_frequency=0.5) == [2, 10]
-    assert select(reads, usage=usage, max_document_frequency=0.5, top_t=1) == [2]
-    assert select(reads, usage=usage, max_document_frequency=0.01) == []
+    assert usage.mean_document_frequency == 9.5
+    assert select(reads, usage=usage, max_commonness=10 / 9.5) == [2, 10]
+    assert select(reads, usage=usage, max_commonness=10 / 9.5, top_t=1) == [2]
+    assert select(reads, usage=usage, max_commonness=0.01) == []
 
 
 @settings(max_examples=60, deadline=None)

@@ -113,7 +113,7 @@ def test_of_no_update_none_is_the_last(store):
 def test_a_commit_on_top_of_fewer_updates_than_there_are_is_refused(store):
     store.commit(make_delta(0))
     before = files(store)
-    with pytest.raises(HistoryError, match="update 1 .* was committed meanwhile; learn again"):
+    with pytest.raises(HistoryError, match=r"update 1 .* was committed meanwhile; learn again"):
         store.commit(make_delta(0), after=0)
     assert files(store) == before
     assert store.commit(make_delta(1), after=1).number == 2

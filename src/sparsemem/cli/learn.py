@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.model import add_prompt, add_probes
+from sparsemem.cli.model import add_probes, add_prompt
 from sparsemem.cli.options import add_command, add_config_options, config_from
 from sparsemem.cli.tables import show_report
 from sparsemem.config import FinetuneConfig

@@ -69,7 +69,7 @@ def add_ask(commands: Any) -> None:
         ask,
     )
     parser.add_argument("folder", metavar="DIR", help="folder made by attach")
-    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask")
     parser.add_argument(
         "--without", metavar="REV", help='answer as before that update: its number, "last", or its digest'
     )

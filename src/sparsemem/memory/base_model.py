@@ -1,18 +1,20 @@
 """Load the model under the memory: a Hub id, a local folder or a GGUF file."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sparsemem.errors import MissingFileError, ModelMismatchError
-from sparsemem.files import new_folder
+from sparsemem.files import file_sha256, new_folder
 
 SAMPLE = 256
 """Values per weight that go into a fingerprint."""
@@ -36,18 +38,14 @@ def load_base_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[A
     if path.suffix == ".gguf":
         path = _converted(path)
     source = str(path) if path.exists() else name
-    quiet = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
         raise MissingFileError(
             f"{name} is neither a local model nor one that could be fetched: {str(error).splitlines()[0]}"
         ) from error
-    finally:
-        transformers_logging.set_verbosity(quiet)
     # A folder under the cache means nothing to the next machine; what the user named does.
     model.config._name_or_path = name
     return model.eval(), tokenizer
@@ -81,18 +79,31 @@ def check_fingerprint(model: nn.Module, expected: str, where: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Loading is announced by our own progress bar, not by two."""
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
 def _converted(path: Path) -> Path:
     """Return the folder with a GGUF file's weights as safetensors; make it if it is not there."""
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; check the path")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparsemem"
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache / f"{path.stem}-{digest[:12]}"
+    folder = cache / f"{path.stem}-{file_sha256(path)[:12]}"
     if folder.is_dir():
         return folder
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # The weights are plain float32 now, so nothing about quantization may be saved with them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

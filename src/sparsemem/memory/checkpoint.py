@@ -19,9 +19,29 @@ from torch import Tensor, nn
 
 import sparsemem.memory.base_model as base_models
 from sparsemem.config import MemoryConfig, from_json, to_json
-from sparsemem.errors import CheckpointError, ConfigError, MissingFileError
-from sparsemem.files import check_format, read_json, read_tensors, write_json, write_tensors
-from sparsemem.memory.attach import attach_memory, memory_config, memory_layers, pools, unwrapped
+from sparsemem.errors import (
+    CheckpointError,
+    MissingFileError,
+    NotAttachedError,
+    SparsememError,
+)
+from sparsemem.files import (
+    check_format,
+    check_new,
+    file_sha256,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from sparsemem.memory.attach import (
+    attach_memory,
+    detach_memory,
+    memory_config,
+    memory_layers,
+    pools,
+    unwrapped,
+)
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.memory.layer import MemoryLayer
 
@@ -41,11 +61,11 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
         base_model: How to find the base model again; by default the name it was loaded by.
 
     Raises:
-        OutputError: The folder is not empty or could not be written.
+        ExistsError: The folder is not empty; updates are added to it by a DeltaStore.
+        OutputError: It could not be written.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise ConfigError(f"{path} is not empty; choose another folder (updates are added by a DeltaStore)")
+    check_new(path)
     hf_model = unwrapped(model)
     tensors: dict[str, Tensor] = {}
     for layer in memory_layers(model):
@@ -64,6 +84,7 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "base_model": base_model or hf_model.name_or_path,
+            "weights_sha256": file_sha256(path / WEIGHTS_FILE),
             "base_fingerprint": base_models.fingerprint(base_weights(hf_model)),
             "bases": bases,
             "memory": to_json(memory_config(model)),
@@ -93,21 +114,37 @@ def load(
     folder = local_folder(path)
     header = read_header(folder)
     config = from_json(MemoryConfig, header["memory"], folder / CONFIG_FILE)
+    _check_digest(folder / WEIGHTS_FILE, header["weights_sha256"])
     tensors, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     bases = {name: _mapped(folder / file) for name, file in header.get("bases", {}).items()}
+    deltas = [SparseDelta.load(path)[0] for path in delta_paths(folder)]
     if base_model is None or isinstance(base_model, str):
-        # float16 rounds otherwise than the fingerprint does, so the weights are checked before that.
-        exact = torch.float32 if dtype == torch.float16 else dtype
-        model, tokenizer = base_models.load_base_model(base_model or header["base_model"], dtype=exact)
+        model, tokenizer = _checked_base_model(base_model or header["base_model"], header, folder, dtype)
     else:
         model, tokenizer = base_model, None
-    base_models.check_fingerprint(model, header["base_fingerprint"], folder)
-    if tokenizer is not None:
-        model.to(dtype)
+        if any(True for _ in memory_layers(model)):
+            raise NotAttachedError("the model has a memory already; detach_memory(model) first")
+        base_models.check_fingerprint(model, header["base_fingerprint"], folder)
     attach_memory(model, config, bases)
-    _fill(model, tensors, folder / WEIGHTS_FILE)
-    for delta_path in delta_paths(folder):
-        SparseDelta.load(delta_path)[0].apply(pools(model))
+    try:
+        _fill(model, tensors, folder / WEIGHTS_FILE)
+        for delta in deltas:
+            delta.apply(pools(model))
+    except SparsememError:
+        detach_memory(model)
+        raise
+    return model, tokenizer
+
+
+def _checked_base_model(
+    name: str, header: dict[str, Any], folder: Path, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    # float16 rounds otherwise than the fingerprint does, so there the check has a copy of its own.
+    exact = torch.float32 if dtype == torch.float16 else dtype
+    model, tokenizer = base_models.load_base_model(name, dtype=exact)
+    base_models.check_fingerprint(model, header["base_fingerprint"], folder)
+    if dtype != exact:
+        model, tokenizer = base_models.load_base_model(name, dtype=dtype)
     return model, tokenizer
 
 
@@ -129,7 +166,7 @@ def read_header(folder: Path) -> dict[str, Any]:
         )
     header = read_json(folder / CONFIG_FILE)
     check_format(folder / CONFIG_FILE, header, FORMAT, FORMAT_VERSION)
-    missing = {"base_model", "base_fingerprint", "memory"} - set(header)
+    missing = {"base_model", "base_fingerprint", "weights_sha256", "memory"} - set(header)
     if missing:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {sorted(missing)[0]!r}; restore it from a copy")
     return header
@@ -155,6 +192,15 @@ def local_folder(path: str | Path) -> Path:
             f"{path} is neither a local folder nor a Hub repository that could be fetched: "
             f"{str(error).splitlines()[0]}"
         ) from error
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; restore it from a copy")
+    if file_sha256(path) != expected:
+        raise CheckpointError(
+            f"{path} is damaged: it is not the file {CONFIG_FILE} names; restore it from a copy"
+        )
 
 
 def _weights(layer: MemoryLayer) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class Pool(nn.Module):
             values = values + sparse_read(weights_TK, self.active, FIRST_ACTIVE - places_TK)
         if self.base is not None:
             base_ids_TK = torch.where(places_TK == IN_BASE, slot_ids_TK, -1)
-            values = values + sparse_read(weights_TK, self.base, base_ids_TK)
+            values = values + sparse_read(weights_TK, *self._base_table(base_ids_TK))
         return values
 
     def is_empty(self) -> bool:
@@ -102,7 +102,7 @@ class Pool(nn.Module):
         places = self.slot_to_row[slot_ids].long()
         values = self.rows.new_zeros(len(slot_ids), self.value_dim)
         if self.base is not None:
-            values = self.base[slot_ids].to(values)
+            values = self.base[slot_ids.to(self.base.device)].to(values)
         values[places >= 0] = self.rows[places[places >= 0]]
         if self.active is not None:
             in_active = places <= FIRST_ACTIVE
@@ -141,7 +141,9 @@ class Pool(nn.Module):
             self.slot_to_row[new_ids] = torch.arange(first, self.num_rows, dtype=torch.int32).to(
                 new_ids.device
             )
-        base = torch.zeros_like(values) if self.base is None else self.base[slot_ids].to(values)
+        base = torch.zeros_like(values)
+        if self.base is not None:
+            base = self.base[slot_ids.to(self.base.device)].to(values)
         # Compared as integers: -0.0 == 0.0, but they are not the same bits.
         reset = (values.view(torch.int32) == base.view(torch.int32)).all(dim=1)
         if reset.any():
@@ -162,6 +164,7 @@ class Pool(nn.Module):
         Raises:
             PoolMismatchError: A slot lies outside the pool.
         """
+        self._check_ids(slot_ids)
         self.deactivate()
         values = self.current(slot_ids)
         self.active_ids = slot_ids.to(self.slot_to_row.device)
@@ -189,10 +192,30 @@ class Pool(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         # `model.to(torch.bfloat16)` must not round what was learned: rows move, but stay float32.
-        rows = self.rows
+        rows, device_before = self.rows, self.rows.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.rows = rows.to(self.rows.device)
+        if (
+            self.rows.device != device_before
+            and self.active_ids is not None
+            and self._places_before is not None
+        ):
+            self.active_ids = self.active_ids.to(self.rows.device)
+            self._places_before = self._places_before.to(self.rows.device)
         return self
+
+    def _base_table(self, base_ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return base rows on the pool's device, and the ids of the reads among them.
+
+        A base that lies elsewhere (a memory-mapped file behind a model on a GPU) sends over the rows
+        that are hit, not the table.
+        """
+        assert self.base is not None
+        if self.base.device == base_ids_TK.device:
+            return self.base, base_ids_TK
+        needed = base_ids_TK[base_ids_TK >= 0].unique()
+        table = self.base[needed.to(self.base.device)].to(base_ids_TK.device)
+        return table, torch.where(base_ids_TK >= 0, torch.searchsorted(needed, base_ids_TK), -1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The number of rows is part of the content, so they are written rather than copied over.

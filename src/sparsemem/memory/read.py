@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+CHUNK = 16_384
+"""Reads whose rows are gathered at a time in the gradient of the weights."""
+
 
 def sparse_read(weights_TK: Tensor, table_RV: Tensor, row_ids_TK: Tensor) -> Tensor:
     """Sum `weights * table[row_ids]` over the reads of each token, skipping negative row ids.
@@ -44,7 +47,10 @@ class _SparseRead(torch.autograd.Function):
         grad_weights = grad_table = None
         if ctx.needs_input_grad[0]:
             grad_weights = torch.zeros_like(weights_TK)
-            grad_weights[hit_TK] = (grad_TV[tokens_M] * table_RV[rows_M]).sum(-1).to(weights_TK.dtype)
+            # In parts, so that no (reads, value_dim) tensor is held at once.
+            parts = zip(tokens_M.split(CHUNK), rows_M.split(CHUNK), strict=True)
+            products = [(grad_TV[tokens] * table_RV[rows]).sum(-1) for tokens, rows in parts]
+            grad_weights[hit_TK] = torch.cat(products).to(weights_TK.dtype)
         if ctx.needs_input_grad[1]:
             # The same sum the other way round: a row gathers the gradients of the tokens that read it.
             order_M = rows_M.argsort(stable=True)

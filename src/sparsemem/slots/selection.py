@@ -1,5 +1,7 @@
 """Selection: from the reads of a batch to the slots it may train."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def select_slots(
     usage: PoolUsage,
     ranking: Ranking,
     top_t: int,
-    max_document_frequency: float = 1.0,
+    max_commonness: float = math.inf,
 ) -> Tensor:
     """Choose the best `top_t` slots of each group of reads (a group is one fact).
 
@@ -26,7 +28,8 @@ def select_slots(
         usage: Background usage of the pool.
         ranking: Score of a slot, one of `RANKINGS`.
         top_t: Slots per group; fewer where fewer are read or score above zero.
-        max_document_frequency: Leave out slots that a larger fraction of background documents reads.
+        max_commonness: Leave out slots that more background documents read than this many times the
+            pool's average slot. The paper has no such limit: it relies on the ranking alone.
 
     Returns:
         Distinct slot ids of all groups, ascending.
@@ -36,7 +39,7 @@ def select_slots(
         slot_ids, times = reads[groups == group].unique(return_counts=True)
         background = usage.take(slot_ids)
         scores = ranking(times, background)
-        common = background.document_frequency > max_document_frequency * usage.num_documents
+        common = background.document_frequency > max_commonness * usage.mean_document_frequency
         scores = scores.masked_fill(common.to(scores.device), 0.0)
         # A stable sort of ascending ids: equal scores fall the same way on every machine.
         best = scores.argsort(descending=True, stable=True)[:top_t]

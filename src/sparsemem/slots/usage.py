@@ -34,6 +34,7 @@ class PoolUsage:
         num_documents: Documents counted; a document is one background batch.
         total_reads: Reads of all slots of the pool.
         num_slots: Slots of the pool.
+        mean_document_frequency: Mean over all slots of the pool.
     """
 
     reads: Tensor
@@ -41,6 +42,13 @@ class PoolUsage:
     num_documents: int
     total_reads: int
     num_slots: int
+    mean_document_frequency: float
+
+    @classmethod
+    def of_pool(cls, reads: Tensor, document_frequency: Tensor, num_documents: int) -> "PoolUsage":
+        """Make the usage of a whole pool from its counts."""
+        mean = document_frequency.double().mean().item()
+        return cls(reads, document_frequency, num_documents, int(reads.sum()), len(reads), mean)
 
     def take(self, slot_ids: Tensor) -> "PoolUsage":
         """Restrict the counts to some slots; the totals stay those of the pool."""
@@ -141,10 +149,7 @@ def count_usage(
     if not counted:
         raise DataError("the background has no text; give at least some hundred documents")
     return Usage(
-        pools={
-            name: PoolUsage(reads[name], frequency[name], counted, int(reads[name].sum()), size)
-            for name, size in num_slots.items()
-        },
+        pools={name: PoolUsage.of_pool(reads[name], frequency[name], counted) for name in num_slots},
         token_document_frequency=token_frequency,
         num_documents=counted,
         num_tokens=num_tokens,
@@ -191,7 +196,7 @@ def load_usage(path: str | Path) -> Usage:
         pool_usages = {}
         for name in names:
             reads, frequency = tensors[f"reads.{name}"], tensors[f"document_frequency.{name}"]
-            pool_usages[name] = PoolUsage(reads, frequency, num_documents, int(reads.sum()), len(reads))
+            pool_usages[name] = PoolUsage.of_pool(reads, frequency, num_documents)
         return Usage(
             pools=pool_usages,
             token_document_frequency=tensors["token_document_frequency"],

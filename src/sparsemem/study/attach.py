@@ -7,8 +7,7 @@ from typing import Any
 from sparsemem import console
 from sparsemem.config import MemoryConfig
 from sparsemem.data import load_texts
-from sparsemem.errors import OutputError
-from sparsemem.files import new_folder
+from sparsemem.files import check_new, new_folder
 from sparsemem.memory.attach import attach_memory, memory_layers
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import save
@@ -44,8 +43,7 @@ def attach_to_folder(
         SparsememError: Something given is not usable; nothing was written.
     """
     config, out = config or MemoryConfig(), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists already; choose another folder or remove it")
+    check_new(out)
     texts = [text for source in background for text in load_texts(source)]
     with console.progress(f"load {model_name}"):
         model, tokenizer = load_base_model(model_name)

@@ -15,13 +15,14 @@ from sparsemem.data import Fact, load_facts
 from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import Evaluation, compare, evaluate, fact_values
 from sparsemem.evaluation.probes import Probe, load_probe, load_probes
-from sparsemem.files import new_folder
-from sparsemem.memory.attach import memory_layers, pools
+from sparsemem.files import check_new, new_folder
+from sparsemem.memory.attach import detach_memory, memory_layers, pools
 from sparsemem.memory.checkpoint import delta_paths, load, local_folder, read_header
-from sparsemem.prompts import PromptFormat
+from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.store.deltas import DeltaStore
 from sparsemem.training.finetune import FinetuneResult, finetune
+from sparsemem.training.methods import check_method
 
 BUILT_IN_PROBE = "general_knowledge"
 
@@ -56,14 +57,8 @@ def learn(
         SparsememError: Something given is not usable, or the run failed; the folder is as it was.
     """
     config, folder = config or FinetuneConfig(), Path(folder)
-    read_header(folder)
-    if config.method == "memory" and out:
-        raise ConfigError(f"out={out} is for baselines; method='memory' commits its delta to {folder}")
-    if config.method == "memory" and not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder} is not writable, so nothing could be committed; change its rights")
-    fact_list = (
-        list(facts) if isinstance(facts, Sequence) and not isinstance(facts, str) else load_facts(facts)
-    )
+    _check_options(folder, config, prompt, out)
+    fact_list = load_facts(facts) if isinstance(facts, str | Path) else list(facts)
     if not fact_list:
         raise DataError("there are no facts; give at least one")
     probe_list = resolve_probes(probes)
@@ -100,11 +95,32 @@ def learn(
         update = DeltaStore(folder).commit(result.delta, message, report, after=num_updates)
         report.update(update=update.number, delta_bytes=update.path.stat().st_size, digest=update.digest)
     elif out:
-        with new_folder(Path(out)) as temporary:
-            result.model.save_pretrained(temporary)  # type: ignore[operator]
-            tokenizer.save_pretrained(temporary)
+        _save_baseline(result.model, tokenizer, Path(out))
         report["out"] = str(out)
     return report
+
+
+def _check_options(
+    folder: Path, config: FinetuneConfig, prompt: PromptFormat, out: str | Path | None
+) -> None:
+    """Find what cannot work before the minutes that would be lost on it."""
+    read_header(folder)
+    check_format(prompt)
+    check_method(config.method)
+    if config.method == "memory":
+        if out:
+            raise ConfigError(f"out={out} is for baselines; method='memory' commits its delta to {folder}")
+        if not os.access(folder, os.W_OK):
+            raise OutputError(f"{folder} is not writable, nothing could be committed; change its rights")
+    elif out:
+        check_new(Path(out))
+
+
+def _save_baseline(model: Any, tokenizer: Any, out: Path) -> None:
+    detach_memory(model)
+    with new_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def evaluate_folder(

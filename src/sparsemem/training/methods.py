@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +147,7 @@ class SparseMemory:
             self.usage.pools[name],
             self.ranking,
             self.config.top_t,
-            self.config.max_document_frequency,
+            self.config.max_commonness,
         )
 
     def _activate(self, name: str, slot_ids: Tensor) -> None:
@@ -204,20 +205,35 @@ class DenseWeights:
         return sum(parameter.numel() for parameter in self.trained)
 
 
-def _with_adapter(model: nn.Module, config: FinetuneConfig) -> nn.Module:
+def check_method(name: str) -> None:
+    """Check the name of a method.
+
+    Raises:
+        ConfigError: There is none of that name.
+        MissingDependencyError: It is a PEFT type, and peft is not installed.
+    """
+    if name not in ("memory", "full"):
+        _peft_config_class(name)
+
+
+def _peft_config_class(name: str) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise MissingDependencyError(
-            f"method={config.method!r} needs peft; pip install 'sparsemem[peft]'"
-        ) from error
+        raise MissingDependencyError(f"method={name!r} needs peft; pip install 'sparsemem[peft]'") from error
     types = {kind.value.lower(): kind for kind in peft.PeftType}
-    known = {name: peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) for name, kind in types.items()}
-    config_class = known.get(config.method)
+    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(types.get(name))
     if config_class is None:
         raise ConfigError(
-            f"method={config.method!r} is unknown; use memory, full or a PEFT type such as lora, ia3, oft"
+            f"method={name!r} is unknown; use memory, full or a PEFT type such as lora, ia3, oft"
         )
+    return config_class
+
+
+def _with_adapter(model: nn.Module, config: FinetuneConfig) -> nn.Module:
+    config_class = _peft_config_class(config.method)
+    import peft
+
     options = dict(config.peft)
     if config.method == "lora":
         options = {"r": 32, "lora_alpha": 64, "target_modules": "all-linear", **options}

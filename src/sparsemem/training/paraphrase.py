@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from sparsemem.data import Fact, occurrences
+from sparsemem.data import Fact, is_question, occurrences
 from sparsemem.prompts import SHOTS, chat_prompt, qa_examples, qa_question
 
 CONTEXTS = (
@@ -127,7 +127,11 @@ def with_own_paraphrases(model: Any, tokenizer: Any, facts: Sequence[Fact], num:
                 text = _reply(model, tokenizer, request.format(statement=fact.statement))
                 needed = [fact.answer, *([fact.subject] if fact.subject else [])]
                 known = (fact.statement, *fact.paraphrases, *kept)
-                if text not in known and all(part.lower() in text.lower() for part in needed):
+                if (
+                    text not in known
+                    and not is_question(text)
+                    and all(part.lower() in text.lower() for part in needed)
+                ):
                     kept.append(text)
         reworded.append(dataclasses.replace(fact, paraphrases=(*fact.paraphrases, *kept)))
     return reworded

@@ -1,0 +1,74 @@
+"""A tiny model and memory folders on disk, made once by the command and copied for each test."""
+
+import json
+import shutil
+
+import pytest
+
+from sparsemem.cli.app import main
+
+SHAPE = ["--layers", "1", "--num-keys", "8", "--num-heads", "2", "--top-k", "4", "--query-dim", "4"]
+SHAPE += ["--num-tokens", "1500", "--num-documents", "20"]
+
+
+@pytest.fixture(scope="session")
+def made_once():
+    return {}
+
+
+@pytest.fixture
+def model_folder(made_once, tmp_path_factory, tiny_model, tiny_tokenizer):
+    if "model" not in made_once:
+        folder = tmp_path_factory.mktemp("base") / "model"
+        tiny_model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        made_once["model"] = folder
+    return made_once["model"]
+
+
+@pytest.fixture
+def inputs(tmp_path, texts):
+    """A folder of what a user has: background, facts and probes."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    rows = {
+        "background.jsonl": [{"text": text} for text in texts],
+        "facts.jsonl": [
+            {"question": "Who owns Zed?", "answer": "Ana", "heldout_questions": ["Whose is Zed?"]},
+            {"statement": "Quz is made of tin.", "answer": "tin", "subject": "Quz"},
+        ],
+        "closed.jsonl": [{"question": "Who ran?", "answers": ["Bo"]}],
+        "choice.jsonl": [{"question": "Who ran?", "choices": ["Bo", "Ana"], "answer": 0}],
+        "plain.jsonl": [{"text": text} for text in texts[:3]],
+    }
+    for name, lines in rows.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def probes(inputs):
+    return ["--probes", *(f"{kind}={inputs / kind}.jsonl" for kind in ("closed", "choice", "plain"))]
+
+
+@pytest.fixture
+def folder(made_once, model_folder, inputs, tmp_path, tmp_path_factory, capsys):
+    """A memory folder as attach leaves it."""
+    if "attached" not in made_once:
+        out = tmp_path_factory.mktemp("memory") / "memory"
+        background = str(inputs / "background.jsonl")
+        code = main(["attach", str(model_folder), "--background", background, "--out", str(out), *SHAPE])
+        assert code == 0
+        capsys.readouterr()
+        made_once["attached"] = out
+    return shutil.copytree(made_once["attached"], tmp_path / "memory")
+
+
+@pytest.fixture
+def taught(made_once, folder, inputs, tmp_path, tmp_path_factory, capsys):
+    """The same folder with one update."""
+    if "taught" not in made_once:
+        assert main(["learn", str(folder), str(inputs / "facts.jsonl"), "--num-epochs", "1", "--probes"]) == 0
+        capsys.readouterr()
+        made_once["taught"] = shutil.copytree(folder, tmp_path_factory.mktemp("taught") / "memory")
+    return shutil.copytree(made_once["taught"], tmp_path / "taught")

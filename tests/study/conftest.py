@@ -1,0 +1,55 @@
+"""Folders with a tiny memory, made once and copied for each test."""
+
+import shutil
+
+import pytest
+
+from sparsemem.config import FinetuneConfig, MemoryConfig
+from sparsemem.data import Fact
+from sparsemem.study.attach import attach_to_folder
+
+SHAPE = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4)
+
+
+@pytest.fixture(scope="session")
+def made_once():
+    return {}
+
+
+@pytest.fixture
+def model_folder(made_once, tmp_path_factory, tiny_model, tiny_tokenizer):
+    if "model" not in made_once:
+        folder = tmp_path_factory.mktemp("base") / "model"
+        tiny_model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        made_once["model"] = folder
+    return made_once["model"]
+
+
+@pytest.fixture
+def background(tmp_path, texts):
+    path = tmp_path / "background.jsonl"
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(made_once, model_folder, background, tmp_path, tmp_path_factory):
+    if "memory" not in made_once:
+        out = tmp_path_factory.mktemp("memory") / "memory"
+        attach_to_folder(str(model_folder), [str(background)], out, SHAPE, num_tokens=1500, num_documents=20)
+        made_once["memory"] = out
+    return shutil.copytree(made_once["memory"], tmp_path / "memory")
+
+
+@pytest.fixture
+def facts():
+    return [
+        Fact(question="Who owns Zed?", answer="Ana", heldout_questions=("Whose is Zed?",), subject="Zed"),
+        Fact(statement="Quz is made of tin.", answer="tin", subject="Quz"),
+    ]
+
+
+@pytest.fixture
+def config():
+    return FinetuneConfig(num_epochs=2, top_t=6, facts_per_batch=2)
