@@ -58,7 +58,7 @@ class MemoryConfig:
         return self.num_keys**2
 
 
-DEFAULT_LEARNING_RATES = {"memory": 0.2, "full": 2e-5}
+DEFAULT_LEARNING_RATES = {"memory": 0.3, "full": 2e-5}
 PEFT_LEARNING_RATE = 2e-4
 
 
@@ -68,16 +68,16 @@ class FinetuneConfig:
 
     method: str = "memory"
     """What may move: "memory", "full", or a PEFT type by its name ("lora", "ia3", ...)."""
-    top_t: int = 300
+    top_t: int = 400
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
-    max_commonness: float = 4.0
+    max_commonness: float = 6.0
     """Slots that more documents read than this many times the average slot are never trained."""
     anchor: Literal["subject", "all"] = "subject"
     """Rank the slots read at the subject's tokens only, or (as the paper does) at all tokens."""
     learning_rate: float | None = None
-    """Step size; by default 0.2 for memory, 2e-5 for full, 2e-4 for PEFT methods."""
+    """Step size; by default 0.3 for memory, 2e-5 for full, 2e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

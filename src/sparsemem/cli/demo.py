@@ -18,6 +18,8 @@ from sparsemem.errors import MissingDependencyError
 
 NUM_BACKGROUND = 1000
 NUM_HELDOUT = 60
+NUM_TOKENS = 80_000
+NUM_DOCUMENTS = 600
 NUM_SHOWN = 5
 
 
@@ -73,7 +75,7 @@ def run_demo(
     questions = [fact.heldout_questions[0] for fact in facts[:NUM_SHOWN]]
 
     console.say("1. A memory is attached to SmolLM2-135M-Instruct.", style="bold")
-    attach_to_folder(str(gguf), [str(background)], folder)
+    attach_to_folder(str(gguf), [str(background)], folder, num_tokens=NUM_TOKENS, num_documents=NUM_DOCUMENTS)
     console.say(f"2. It learns {len(facts)} invented facts; its other answers are measured.", style="bold")
     before = _answers(folder, questions)
     probes = [f"{BUILT_IN_PROBE}={built_in_probe()}", f"wikipedia={heldout}"]
