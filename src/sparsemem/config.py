@@ -72,7 +72,7 @@ class FinetuneConfig:
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
-    max_commonness: float = 6.0
+    max_commonness: float = 4.0
     """Slots that more documents read than this many times the average slot are never trained."""
     anchor: Literal["subject", "all"] = "subject"
     """Rank the slots read at the subject's tokens only, or (as the paper does) at all tokens."""

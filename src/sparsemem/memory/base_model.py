@@ -108,7 +108,7 @@ def _converted(path: Path) -> Path:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, _quiet_transformers():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
