@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sparsemem.errors import MissingFileError, ModelMismatchError
+from sparsemem.errors import MissingDependencyError, MissingFileError, ModelMismatchError
 from sparsemem.files import file_sha256, new_folder
 
 SAMPLE = 256
@@ -101,6 +102,11 @@ def _converted(path: Path) -> Path:
     folder = cache / f"{path.stem}-{file_sha256(path)[:12]}"
     if folder.is_dir():
         return folder
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(
+                f"reading {path.name} needs {package}; pip install 'sparsemem[gguf]'"
+            )
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
