@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsemem.errors import DataError, MissingFileError
+from sparsemem.errors import DataError, MissingDependencyError, MissingFileError
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".csv")
 
@@ -201,12 +201,16 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _dataset_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets  # takes a second to import, and only some sources need it
-
     name, _, split = str(source).partition(":")
     path = Path(name)
     if path.suffix in LOCAL_SUFFIXES and not path.is_file():
         raise MissingFileError(f"{path} does not exist; check the path")
+    try:
+        import datasets  # takes a second, and only some sources need it
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"reading {source} needs datasets; pip install 'sparsemem[datasets]', or give .jsonl or .txt"
+        ) from error
     kinds = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
     try:
         if path.suffix in kinds:
