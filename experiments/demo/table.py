@@ -1,4 +1,4 @@
-"""Write the demo's results into README.md, from experiments/demo/results/*.json.
+"""Write the demo's results into README.md, from experiments/demo/results/seed-*.json.
 
 python experiments/demo/table.py
 """
@@ -25,7 +25,8 @@ def with_table(readme: str) -> str:
 
 def render() -> str:
     runs = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results").glob("*.json"))
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((HERE / "results").glob("seed-*.json"))
     ]
     metrics = [run["metrics"] for run in runs]
     num_shown = 3
