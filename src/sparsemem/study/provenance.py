@@ -30,7 +30,9 @@ def provenance(*, model_sha: str = "", data: Iterable[str | Path] = ()) -> dict[
     """
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "dirty": None
+        if (status := _git("status", "--porcelain", "--untracked-files=no")) is None
+        else bool(status),
         "versions": {"sparsemem": sparsemem.__version__, "python": platform.python_version(), **_versions()},
         "hardware": {
             "machine": platform.machine(),
