@@ -68,7 +68,7 @@ class FinetuneConfig:
 
     method: str = "memory"
     """What may move: "memory", "full", or a PEFT type by its name ("lora", "ia3", ...)."""
-    top_t: int = 400
+    top_t: int = 200
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
