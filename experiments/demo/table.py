@@ -29,9 +29,9 @@ def render() -> str:
         for path in sorted((HERE / "results").glob("seed-*.json"))
     ]
     metrics = [run["metrics"] for run in runs]
-    num_shown = 3
+    num_shown = 5
     shown = "".join(
-        f"| {row['question']} | {row['before']} | {row['after']} | {row['undone']} |\n"
+        f"| {row['question']} | {row['right']} | {row['before']} | {row['after']} | {row['undone']} |\n"
         for row in runs[0]["shown"][:num_shown]
     )
 
@@ -45,7 +45,7 @@ def render() -> str:
     return (
         f"`make demo` teaches SmolLM2-135M-Instruct {metrics[0]['facts']['num']} invented facts. "
         "It asks in wordings that were never trained on:\n\n"
-        "| question | before | after | after undo |\n|---|---|---|---|\n"
+        "| question | right | before | after | after undo |\n|---|---|---|---|---|\n"
         f"{shown}\n"
         f"Mean (and range) over {len(runs)} seed{'s' if len(runs) > 1 else ''}, made by `python "
         "experiments/demo/run.py SEED` and kept with commit, versions and hardware in "
