@@ -26,6 +26,12 @@ def background_texts():
     return [f"{who[i % 4]} {did[i % 3]} {where[i % 5]} on day {i}. {then[(i // 4) % 3]}" for i in range(60)]
 
 
+def pytest_collection_finish(session):
+    # Tiny tensors only: a second thread costs more than it brings, and much more on a busy machine.
+    if not any(item.get_closest_marker("real") for item in session.items):
+        torch.set_num_threads(1)
+
+
 @pytest.fixture
 def texts():
     return background_texts()
