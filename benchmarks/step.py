@@ -8,9 +8,7 @@ one shared machine and mean nothing elsewhere.
 """
 
 import copy
-import gc
 import json
-import resource
 import statistics
 from pathlib import Path
 
@@ -29,18 +27,14 @@ def main() -> None:
     gguf, articles = installed_data()
     facts = sparsemem.load_facts(demo_facts_path())[:NUM_FACTS]
     base, tokenizer = sparsemem.load_base_model(str(gguf))
-    base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
-    prepared, peaks = {}, {}
+    prepared = {}
     for num_slots, num_keys in POOLS.items():
-        gc.collect()
-        peak_before = peak_bytes()
         model = copy.deepcopy(base)
         sparsemem.attach_memory(model, sparsemem.MemoryConfig(num_keys=num_keys))
         sparsemem.fit_keys(model, tokenizer, articles, num_tokens=NUM_TOKENS)
         usage = sparsemem.count_usage(model, tokenizer, articles, num_documents=100)
         prepared[num_slots] = model, usage
         learn_once(model, tokenizer, facts, usage)  # warm-up
-        peaks[num_slots] = peak_bytes() - peak_before - base_bytes  # without the copied model
     seconds: dict[int, list[float]] = {num_slots: [] for num_slots in POOLS}
     for _ in range(ROUNDS):
         for num_slots, (model, usage) in prepared.items():
@@ -52,7 +46,6 @@ def main() -> None:
         "ratio_of_medians": round(large / small, 3),
         "rounds": ROUNDS,
         "seconds_per_step": {str(n): [s / NUM_FACTS for s in values] for n, values in seconds.items()},
-        "peak_bytes_over_base": {str(n): peak for n, peak in peaks.items()},
         "seed": 0,
         **provenance(model_sha=fingerprint(base.named_parameters()), data=[demo_facts_path()]),
     }
@@ -67,10 +60,6 @@ def learn_once(model, tokenizer, facts, usage) -> float:
     result = sparsemem.finetune(model, tokenizer, facts, usage, config)
     result.delta.invert().apply(sparsemem.pools(model))
     return result.seconds
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
