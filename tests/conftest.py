@@ -81,3 +81,20 @@ def tiny_model():
 @pytest.fixture
 def attached(tiny_model):
     return attach_memory(tiny_model, TINY_MEMORY)
+
+
+@pytest.fixture(scope="session")
+def made_once():
+    """What several tests copy, kept for the session."""
+    return {}
+
+
+@pytest.fixture
+def model_folder(made_once, tmp_path_factory, tiny_model, tiny_tokenizer):
+    """The tiny model as a user has it: a folder made by save_pretrained."""
+    if "model" not in made_once:
+        folder = tmp_path_factory.mktemp("base") / "model"
+        tiny_model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        made_once["model"] = folder
+    return made_once["model"]

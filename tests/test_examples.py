@@ -8,13 +8,6 @@ import sparsemem
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
-@pytest.fixture
-def model_folder(tmp_path, tiny_model, tiny_tokenizer):
-    tiny_model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs_and_is_short(path, model_folder, tmp_path, texts, capsys):
     assert path.read_text(encoding="utf-8").count("\n") <= 80

@@ -16,14 +16,12 @@ def test_results_in_the_readme_are_those_of_the_files():
     assert with_table(README) == README
 
 
-def test_python_in_the_readme_runs(tmp_path, monkeypatch, tiny_model, tiny_tokenizer, texts):
+def test_python_in_the_readme_runs(tmp_path, monkeypatch, model_folder, texts):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     (fact,) = re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)
-    tiny_model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "wiki.txt").write_text("\n".join(texts * 20), encoding="utf-8")
     (tmp_path / "facts.jsonl").write_text(fact.replace("\n", ""), encoding="utf-8")
-    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "model"))
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model_folder))
     tiny_memory = "layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4"
     code = code.replace('layers="auto"', tiny_memory)
     monkeypatch.chdir(tmp_path)

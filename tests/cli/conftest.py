@@ -11,21 +11,6 @@ SHAPE = ["--layers", "1", "--num-keys", "8", "--num-heads", "2", "--top-k", "4",
 SHAPE += ["--num-tokens", "1500", "--num-documents", "20"]
 
 
-@pytest.fixture(scope="session")
-def made_once():
-    return {}
-
-
-@pytest.fixture
-def model_folder(made_once, tmp_path_factory, tiny_model, tiny_tokenizer):
-    if "model" not in made_once:
-        folder = tmp_path_factory.mktemp("base") / "model"
-        tiny_model.save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
-        made_once["model"] = folder
-    return made_once["model"]
-
-
 @pytest.fixture
 def inputs(tmp_path, texts):
     """A folder of what a user has: background, facts and probes."""

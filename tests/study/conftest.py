@@ -11,21 +11,6 @@ from sparsemem.study.attach import attach_to_folder
 SHAPE = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4)
 
 
-@pytest.fixture(scope="session")
-def made_once():
-    return {}
-
-
-@pytest.fixture
-def model_folder(made_once, tmp_path_factory, tiny_model, tiny_tokenizer):
-    if "model" not in made_once:
-        folder = tmp_path_factory.mktemp("base") / "model"
-        tiny_model.save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
-        made_once["model"] = folder
-    return made_once["model"]
-
-
 @pytest.fixture
 def background(tmp_path, texts):
     path = tmp_path / "background.jsonl"
@@ -35,11 +20,11 @@ def background(tmp_path, texts):
 
 @pytest.fixture
 def folder(made_once, model_folder, background, tmp_path, tmp_path_factory):
-    if "memory" not in made_once:
+    if "study memory" not in made_once:
         out = tmp_path_factory.mktemp("memory") / "memory"
         attach_to_folder(str(model_folder), [str(background)], out, SHAPE, num_tokens=1500, num_documents=20)
-        made_once["memory"] = out
-    return shutil.copytree(made_once["memory"], tmp_path / "memory")
+        made_once["study memory"] = out
+    return shutil.copytree(made_once["study memory"], tmp_path / "memory")
 
 
 @pytest.fixture
