@@ -45,8 +45,7 @@ def attach_memory(
         ConfigError: The widths do not fit the placement.
     """
     config = config or MemoryConfig()
-    if any(True for _ in memory_layers(model)):
-        raise NotAttachedError("the model has a memory already; detach_memory(model) first")
+    check_detached(model)
     blocks = find_blocks(model, config.blocks)
     indices = _block_indices(config, len(blocks))
     hidden_size = model.config.get_text_config().hidden_size
@@ -97,6 +96,12 @@ def detach_memory(model: nn.Module) -> nn.Module:
 def memory_layers(model: nn.Module) -> Iterator[MemoryLayer]:
     """Yield the memory layers of a model, lowest first."""
     return (module for module in model.modules() if isinstance(module, MemoryLayer))
+
+
+def check_detached(model: nn.Module) -> None:
+    """Raise NotAttachedError if the model has a memory."""
+    if any(True for _ in memory_layers(model)):
+        raise NotAttachedError("the model has a memory already; detach_memory(model) first")
 
 
 def pools(model: nn.Module) -> dict[str, Pool]:
@@ -270,7 +275,9 @@ def _build_layers(
         raise ConfigError(
             f"bases has {unknown[0]!r}, but the pools are {', '.join(sorted(set(names.values())))}; rename it"
         )
-    pools = {name: Pool(config.num_slots, value_dim, bases.get(name)) for name in set(names.values())}
+    pools = {
+        name: Pool(config.num_slots, value_dim, bases.get(name)) for name in dict.fromkeys(names.values())
+    }
     generator = torch.Generator().manual_seed(config.seed)
     layers = {}
     for index, name in names.items():

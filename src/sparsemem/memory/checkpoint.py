@@ -22,7 +22,6 @@ from sparsemem.config import MemoryConfig, from_json, to_json
 from sparsemem.errors import (
     CheckpointError,
     MissingFileError,
-    NotAttachedError,
     SparsememError,
 )
 from sparsemem.files import (
@@ -36,6 +35,7 @@ from sparsemem.files import (
 )
 from sparsemem.memory.attach import (
     attach_memory,
+    check_detached,
     detach_memory,
     memory_config,
     memory_layers,
@@ -122,8 +122,7 @@ def load(
         model, tokenizer = _checked_base_model(base_model or header["base_model"], header, folder, dtype)
     else:
         model, tokenizer = base_model, None
-        if any(True for _ in memory_layers(model)):
-            raise NotAttachedError("the model has a memory already; detach_memory(model) first")
+        check_detached(model)
         base_models.check_fingerprint(model, header["base_fingerprint"], folder)
     attach_memory(model, config, bases)
     try:

@@ -100,9 +100,7 @@ class Pool(nn.Module):
         self._check_ids(slot_ids)
         slot_ids = slot_ids.to(self.slot_to_row.device)
         places = self.slot_to_row[slot_ids].long()
-        values = self.rows.new_zeros(len(slot_ids), self.value_dim)
-        if self.base is not None:
-            values = self.base[slot_ids.to(self.base.device)].to(values)
+        values = self._base_rows(slot_ids)
         values[places >= 0] = self.rows[places[places >= 0]]
         if self.active is not None:
             in_active = places <= FIRST_ACTIVE
@@ -141,9 +139,7 @@ class Pool(nn.Module):
             self.slot_to_row[new_ids] = torch.arange(first, self.num_rows, dtype=torch.int32).to(
                 new_ids.device
             )
-        base = torch.zeros_like(values)
-        if self.base is not None:
-            base = self.base[slot_ids.to(self.base.device)].to(values)
+        base = self._base_rows(slot_ids)
         # Compared as integers: -0.0 == 0.0, but they are not the same bits.
         reset = (values.view(torch.int32) == base.view(torch.int32)).all(dim=1)
         if reset.any():
@@ -203,6 +199,11 @@ class Pool(nn.Module):
             self.active_ids = self.active_ids.to(self.rows.device)
             self._places_before = self._places_before.to(self.rows.device)
         return self
+
+    def _base_rows(self, slot_ids: Tensor) -> Tensor:
+        """Copy the rows of some slots as they were before anything was written."""
+        zeros = self.rows.new_zeros(len(slot_ids), self.value_dim)
+        return zeros if self.base is None else self.base[slot_ids.to(self.base.device)].to(zeros)
 
     def _base_table(self, base_ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Return base rows on the pool's device, and the ids of the reads among them.
