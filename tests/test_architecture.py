@@ -27,7 +27,17 @@ MEMORY_ORDER = (
     {"fit_keys", "checkpoint"},
 )
 
-OPTIONAL = {"rich", "peft", "datasets", "gguf", "matplotlib", "lm_eval", "fastapi", "torch.distributed"}
+OPTIONAL = {
+    "rich",
+    "peft",
+    "datasets",
+    "gguf",
+    "scipy",
+    "matplotlib",
+    "lm_eval",
+    "fastapi",
+    "torch.distributed",
+}
 
 
 def modules() -> list[Path]:

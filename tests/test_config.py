@@ -46,7 +46,7 @@ def test_an_unknown_choice_is_named_with_the_known_ones(cls, name, right):
         (FinetuneConfig, "num_contexts"),
         (FinetuneConfig, "max_length"),
         (FinetuneConfig, "learning_rate"),
-        (FinetuneConfig, "max_commonness"),
+        (FinetuneConfig, "max_document_frequency"),
     ],
 )
 @pytest.mark.parametrize("value", [0, -3])

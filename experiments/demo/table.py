@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from sparsemem.study.table import with_block
+
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
-BEGIN, END = "<!-- demo:begin -->\n", "<!-- demo:end -->\n"
 
 
 def main() -> None:
@@ -18,9 +19,7 @@ def main() -> None:
 
 def with_table(readme: str) -> str:
     """Return the README with its block of results made anew."""
-    head, _, rest = readme.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return head + BEGIN + render() + END + tail
+    return with_block(readme, "demo", render())
 
 
 def render() -> str:

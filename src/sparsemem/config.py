@@ -72,10 +72,12 @@ class FinetuneConfig:
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
-    max_commonness: float = 4.0
-    """Slots that more documents read than this many times the average slot are never trained."""
-    anchor: Literal["subject", "all"] = "subject"
-    """Rank the slots read at the subject's tokens only, or (as the paper does) at all tokens."""
+    max_document_frequency: float = 0.02
+    """Slots that a larger share of the background's documents reads are never trained."""
+    anchor: Literal["subject_end", "subject", "all"] = "subject_end"
+    """Rank the slots read at the last token of the subject, at all its tokens, or (the paper) anywhere."""
+    weighted_reads: bool = True
+    """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None
     """Step size; by default 0.3 for memory, 2e-5 for full, 2e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
@@ -90,6 +92,10 @@ class FinetuneConfig:
     """Passes over the facts."""
     facts_per_batch: int = 1
     """Facts per optimizer step, each with all its wordings."""
+    stream: bool = False
+    """Facts one after another: all epochs of a fact before the next, none seen again."""
+    wordings_per_step: int | None = None
+    """Wordings of each fact in one step, drawn anew each time; all of them if not given."""
     gradient_accumulation_steps: int = 1
     """Parts a batch is computed in; slots are chosen for the whole batch."""
     num_contexts: int = 1
@@ -102,6 +108,14 @@ class FinetuneConfig:
     """Longer wordings are cut."""
     prefix_cache_bytes: int = 2 * 1024**3
     """Memory for hidden states below the memory, so that they are computed once."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Compute in bfloat16 what allows it; weights and rows stay float32."""
+    penalty: Literal["none", "ewc", "kl"] = "none"
+    """Pull towards the base model: by its weights ("ewc") or by its predictions ("kl"); for baselines."""
+    penalty_weight: float = 1.0
+    """Weight of the penalty beside the loss."""
+    replay_fraction: float = 0.0
+    """Share of background text among the sequences of a step, trained on all its tokens."""
     peft: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the PEFT config, such as {"r": 32, "lora_alpha": 64}."""
     seed: int = 0
@@ -110,11 +124,16 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         counts = ("top_t", "num_epochs", "facts_per_batch", "gradient_accumulation_steps", "num_contexts")
-        _check_positive(self, *counts, "max_length", "max_commonness")
+        _check_positive(self, *counts, "max_length", "max_document_frequency")
         if not 0 <= self.num_own_paraphrases <= 4:
             raise ConfigError(f"num_own_paraphrases={self.num_own_paraphrases} is not within 0 to 4")
-        if self.learning_rate is not None:
-            _check_positive(self, "learning_rate")
+        for name in ("learning_rate", "wordings_per_step"):
+            if getattr(self, name) is not None:
+                _check_positive(self, name)
+        if not 0 <= self.replay_fraction < 1:
+            raise ConfigError(f"replay_fraction={self.replay_fraction} is not a share; use 0 to below 1")
+        if not self.penalty_weight >= 0:
+            raise ConfigError(f"penalty_weight={self.penalty_weight} is negative; use 0 or more")
 
     @property
     def lr(self) -> float:

@@ -60,6 +60,14 @@ class Question:
     choices: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A text and how it goes on, both as they are: the space between them decides the tokens."""
+
+    prompt: str
+    completion: str
+
+
 def is_question(text: str) -> bool:
     """Whether a wording asks rather than states."""
     return text.rstrip().endswith("?")
@@ -127,6 +135,19 @@ def load_questions(source: str | Path) -> list[Question]:
     if not questions:
         raise DataError(f"{source} has no questions; give at least one row")
     return questions
+
+
+def load_completions(source: str | Path) -> list[Completion]:
+    """Read `{prompt, completion}`; the prompt may be "", and nothing is stripped.
+
+    Raises:
+        MissingFileError: A local file does not exist.
+        DataError: A row is malformed (named by file and line), or there is none.
+    """
+    completions = [_completion(row, where) for where, row in read_rows(source)]
+    if not completions:
+        raise DataError(f"{source} has no completions; give at least one row")
+    return completions
 
 
 def load_texts(source: str | Path, *, max_chars: int = 2000) -> list[str]:
@@ -259,6 +280,14 @@ def _question(row: dict[str, Any], where: str) -> Question:
     if answer not in choices:
         raise DataError(f'{where}: "answer" {answer!r} is none of the choices; give its text or its index')
     return Question(question=question, answers=(answer,), choices=choices)
+
+
+def _completion(row: dict[str, Any], where: str) -> Completion:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str):
+        raise DataError(f'{where}: "prompt" is {prompt!r}; it must be a text, "" if there is none')
+    _text(completion, "completion", where)
+    return Completion(prompt=prompt, completion=str(completion))
 
 
 def _text(value: Any, name: str, where: str) -> str:

@@ -72,3 +72,9 @@ class TrainingDivergedError(SparsememError, ArithmeticError):
     """The loss is not finite; nothing was learned."""
 
     exit_code = 1
+
+
+class RunFailedError(SparsememError, RuntimeError):
+    """A run of several failed; the results of the others are there."""
+
+    exit_code = 1

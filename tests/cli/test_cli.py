@@ -19,7 +19,7 @@ from .conftest import SHAPE
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-FACT_KEYS = {"num", "seen_f1", "heldout_f1", "heldout_em"}
+FACT_KEYS = {"num", "seen_f1", "seen_em", "heldout_f1", "heldout_em", "heldout_recall"}
 REPORT_KEYS = {
     "facts",
     "probes",

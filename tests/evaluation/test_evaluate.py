@@ -15,12 +15,23 @@ FACTS = [
 ]
 
 
-def probe_score(metric, value, right=()):
-    return ProbeScore(metric=metric, value=value, num=4, right=right)
+def probe_score(metric, value, right=(), scores=()):
+    return ProbeScore(metric=metric, value=value, num=4, right=right, scores=scores)
 
 
 def evaluation(seen, heldout, em, **probes):
-    return Evaluation(FactScores(num=2, seen_f1=seen, heldout_f1=heldout, heldout_em=em, answers={}), probes)
+    facts = FactScores(
+        num=2,
+        seen_f1=seen,
+        seen_em=seen and seen / 2,
+        heldout_f1=heldout,
+        heldout_em=em,
+        heldout_recall=em,
+        answers={"Who?": "Ana"},
+        seen_scores=(0.5,),
+        heldout_scores=(0.5,),
+    )
+    return Evaluation(facts, probes)
 
 
 def test_facts_are_asked_in_their_trained_and_heldout_wordings(taught, tiny_tokenizer):
@@ -44,14 +55,21 @@ def test_recall_is_the_mean_over_questions(taught, tiny_tokenizer, monkeypatch):
         module, "answer_questions", lambda _m, _t, questions, prompt: [replies[q] for q in questions]
     )
     scores = evaluate(taught, tiny_tokenizer, FACTS).facts
+    assert scores.seen_scores == pytest.approx((1, 2 / 3))
     assert scores.seen_f1 == pytest.approx((1 + 2 / 3) / 2)
+    assert scores.seen_em == pytest.approx(1 / 2)
+    assert scores.heldout_scores == pytest.approx((2 / 3, 0, 1))
     assert scores.heldout_f1 == pytest.approx((2 / 3 + 0 + 1) / 3)
     assert scores.heldout_em == pytest.approx(1 / 3)
+    assert scores.heldout_recall == pytest.approx(2 / 3)
 
 
 def test_what_is_not_asked_has_no_score(taught, tiny_tokenizer):
     scores = evaluate(taught, tiny_tokenizer, [Fact(statement="Jov left.")]).facts
-    assert (scores.seen_f1, scores.heldout_f1, scores.heldout_em) == (None, None, None)
+    values = fact_values(scores)
+    assert values.pop("num") == 1
+    assert set(values.values()) == {None}
+    assert (scores.seen_scores, scores.heldout_scores) == ((), ())
     assert evaluate(taught, tiny_tokenizer).facts.num == 0
 
 
@@ -91,19 +109,38 @@ def test_retention_is_the_share_of_right_answers_kept(before, after, expected):
 
 def test_two_evaluations_are_put_side_by_side():
     before = evaluation(
-        0.1, 0.2, 0.0, qa=probe_score("f1", 0.5, (True, False)), wiki=probe_score("perplexity", 10.0)
+        0.1,
+        0.2,
+        0.0,
+        qa=probe_score("f1", 0.5, (True, False), (1.0, 0.0)),
+        wiki=probe_score("perplexity", 10.0),
+        maths=probe_score("nll", 2.0, scores=(1.0, 3.0)),
     )
     after = evaluation(
-        1.0, 0.9, 0.8, qa=probe_score("f1", 0.4, (True, True)), wiki=probe_score("perplexity", 11.0)
+        1.0,
+        0.9,
+        0.8,
+        qa=probe_score("f1", 0.4, (True, True), (0.4, 0.4)),
+        wiki=probe_score("perplexity", 11.0),
+        maths=probe_score("nll", 1.5, scores=(1.0, 2.0)),
     )
     report = compare(before, after)
     assert json.loads(json.dumps(report)) == report
     assert report["facts"] == {
         "num": 2,
         "seen_f1": 1.0,
+        "seen_em": 0.5,
         "heldout_f1": 0.9,
         "heldout_em": 0.8,
-        "before": {"num": 2, "seen_f1": 0.1, "heldout_f1": 0.2, "heldout_em": 0.0},
+        "heldout_recall": 0.8,
+        "before": {
+            "num": 2,
+            "seen_f1": 0.1,
+            "seen_em": 0.05,
+            "heldout_f1": 0.2,
+            "heldout_em": 0.0,
+            "heldout_recall": 0.0,
+        },
     }
     assert report["probes"] == {
         "qa": {
@@ -121,9 +158,23 @@ def test_two_evaluations_are_put_side_by_side():
             "forgetting": pytest.approx(0.1),
             "num": 4,
         },
+        "maths": {
+            "metric": "nll",
+            "before": 2.0,
+            "after": 1.5,
+            "forgetting": pytest.approx(-0.25),
+            "num": 4,
+        },
     }
 
 
 def test_fact_values_have_the_keys_of_the_contract():
     values = fact_values(evaluation(0.5, None, None).facts)
-    assert values == {"num": 2, "seen_f1": 0.5, "heldout_f1": None, "heldout_em": None}
+    assert values == {
+        "num": 2,
+        "seen_f1": 0.5,
+        "seen_em": 0.25,
+        "heldout_f1": None,
+        "heldout_em": None,
+        "heldout_recall": None,
+    }

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsemem.evaluation.metrics import exact_match, f1, forgetting, mean, normalize
+from sparsemem.evaluation.metrics import contains_answer, exact_match, f1, forgetting, mean, normalize
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,36 @@ def test_normalized(text, expected):
 )
 def test_exact_match(prediction, answers, expected):
     assert exact_match(prediction, answers) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("It was Ana Li, in Oslo.", ["ana li"], 1.0),
+        ("It was Ana Li, in Oslo.", ["Bo", "Oslo"], 1.0),
+        ("the Paris", ["Paris!"], 1.0),
+        # Whole words, all of them, in their order.
+        ("Anabel", ["Ana"], 0.0),
+        ("Susana", ["Ana"], 0.0),
+        ("Ana", ["Ana Li"], 0.0),
+        ("Li Ana", ["Ana Li"], 0.0),
+        ("Ana Bo Li", ["Ana Li"], 0.0),
+        ("In 19901", ["1990"], 0.0),
+        ("", ["Ana"], 0.0),
+        # What normalises to nothing is not in everything.
+        ("Ana", ["the"], 0.0),
+        ("Ana", [], 0.0),
+    ],
+)
+def test_contains_answer(prediction, answers, expected):
+    assert contains_answer(prediction, answers) == expected
+
+
+@given(st.lists(st.sampled_from("xyz")), st.lists(st.sampled_from("xyz")), st.lists(st.sampled_from("xyz")))
+def test_an_answer_stays_in_whatever_is_said_around_it(before, answer, after):
+    answer = answer or ["x"]
+    assert contains_answer(" ".join([*before, *answer, *after]), [" ".join(answer)]) == 1
+    assert contains_answer(" ".join(answer), [" ".join(answer)]) == 1
 
 
 @pytest.mark.parametrize(

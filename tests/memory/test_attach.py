@@ -256,7 +256,7 @@ def test_deep_copy_is_independent(placement):
 def test_before_read_is_called_in_every_layer_and_only_inside():
     model = attach_memory(make_model(), memory(layers=(0, 2)))
     seen = []
-    with before_read(model, lambda layer, hidden, slots: seen.append((layer.block_index, slots.shape))):
+    with before_read(model, lambda layer, reads: seen.append((layer.block_index, reads.slot_ids.shape))):
         logits(model)
     logits(model)
     assert seen == [(0, (2, 7, 2, 4)), (2, (2, 7, 2, 4))]

@@ -209,10 +209,12 @@ def test_observing_reads_runs_nothing_above_the_highest_memory(family):
     above = []
     handle = find_blocks(model)[2].register_forward_hook(lambda *_: above.append(1))
     full, seen = {}, {}
-    with before_read(model, lambda layer, _, slots: full.update({layer.block_index: slots})):
+    with before_read(model, lambda layer, reads: full.update({layer.block_index: reads.slot_ids})):
         logits(model)
     assert above.pop() == 1
-    observe_reads(model, lambda layer, _, slots: seen.update({layer.block_index: slots}), input_ids=TOKENS)
+    observe_reads(
+        model, lambda layer, reads: seen.update({layer.block_index: reads.slot_ids}), input_ids=TOKENS
+    )
     handle.remove()
     assert above == []
     assert seen.keys() == full.keys() == {0, 1}

@@ -34,7 +34,7 @@ def same(first, second):
 
 def slots_read(model, tokens=TOKENS):
     seen = []
-    observe_reads(model, lambda _layer, _hidden, slots: seen.append(slots), input_ids=tokens)
+    observe_reads(model, lambda _layer, reads: seen.append(reads.slot_ids), input_ids=tokens)
     return seen
 
 

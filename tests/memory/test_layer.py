@@ -87,8 +87,10 @@ def test_before_read_sees_the_reads_before_a_row_is_touched():
     layer, hidden = make_layer(), some_hidden(2, 3)
     calls = []
 
-    def hook(caller, states, slot_ids):
-        calls.append((caller, states.shape, slot_ids.shape, slot_ids.dtype))
+    def hook(caller, reads):
+        hidden, slot_ids, weights = reads
+        calls.append((caller, hidden.shape, slot_ids.shape, slot_ids.dtype))
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, HEADS))
         # What is activated here is what this very pass reads.
         with torch.no_grad():
             caller.pool.activate(slot_ids.unique()).zero_()

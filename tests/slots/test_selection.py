@@ -17,10 +17,18 @@ def background(frequency=None, num_documents=9):
     return PoolUsage.of_pool(frequency * 3, frequency, num_documents)
 
 
-def select(reads, groups=None, usage=None, ranking=tf, top_t=100, **options):
+def select(reads, groups=None, usage=None, ranking=tf, top_t=100, weights=None, **options):
     groups = torch.zeros(len(reads), dtype=torch.int64) if groups is None else torch.tensor(groups)
     reads = torch.tensor(reads, dtype=torch.int64)
-    return select_slots(reads, groups, usage or background(), ranking, top_t, **options).tolist()
+    weights = torch.ones(len(reads)) if weights is None else torch.tensor(weights)
+    return select_slots(reads, weights, groups, usage or background(), ranking, top_t, **options).tolist()
+
+
+def test_a_heavy_read_counts_more_than_many_light_ones():
+    reads, weights = [4, 4, 4, 9, 17], [0.1, 0.1, 0.1, 0.6, 0.2]
+    assert select(reads, weights=weights, top_t=2) == [4, 9]
+    assert select(reads, weights=weights, top_t=1) == [9]
+    assert select(reads, top_t=1) == [4]
 
 
 def test_the_best_slots_are_chosen_and_come_ascending():
@@ -60,9 +68,8 @@ def test_a_batch_that_reads_only_what_every_document_reads_trains_nothing():
 
 
 def test_no_reads_choose_no_slot():
-    chosen = select_slots(
-        torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), background(), tf, 5
-    )
+    none = torch.zeros(0, dtype=torch.int64)
+    chosen = select_slots(none, none.float(), none, background(), tf, 5)
     assert chosen.shape == (0,)
     assert chosen.dtype == torch.int64
 
@@ -84,10 +91,9 @@ def test_slots_that_too_many_documents_read_are_left_out():
     usage = background(frequency, num_documents=20)
     reads = [2, 10, 11, 19]
     assert select(reads, usage=usage) == reads
-    assert usage.mean_document_frequency == 9.5
-    assert select(reads, usage=usage, max_commonness=10 / 9.5) == [2, 10]
-    assert select(reads, usage=usage, max_commonness=10 / 9.5, top_t=1) == [2]
-    assert select(reads, usage=usage, max_commonness=0.01) == []
+    assert select(reads, usage=usage, max_document_frequency=0.5) == [2, 10]
+    assert select(reads, usage=usage, max_document_frequency=0.5, top_t=1) == [2]
+    assert select(reads, usage=usage, max_document_frequency=0.01) == []
 
 
 @settings(max_examples=60, deadline=None)

@@ -54,7 +54,8 @@ def slow_usage(model, tokenizer, documents, max_length=256):
         ids = tokenizer(document)["input_ids"][:max_length]
         seen = {name: [] for name in reads}
         with before_read(
-            model, lambda layer, _, slots, seen=seen: seen[layer.pool_name].extend(slots.flatten().tolist())
+            model,
+            lambda layer, read, seen=seen: seen[layer.pool_name].extend(read.slot_ids.flatten().tolist()),
         ):
             model(torch.tensor([ids]))
         for name, slots in seen.items():

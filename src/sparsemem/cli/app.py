@@ -6,10 +6,17 @@ from collections.abc import Sequence
 
 import sparsemem
 from sparsemem import console
-from sparsemem.cli import demo, learn, model
+from sparsemem.cli import compare, demo, learn, model
 from sparsemem.errors import SparsememError
 
-COMMANDS = (model.add_attach, learn.add_learn, model.add_ask, model.add_evaluate, demo.add_demo)
+COMMANDS = (
+    model.add_attach,
+    learn.add_learn,
+    model.add_ask,
+    model.add_evaluate,
+    compare.add_compare,
+    demo.add_demo,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import types
+from collections.abc import Collection
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from sparsemem.config import field_docs
@@ -25,11 +26,15 @@ def add_command(commands: Any, name: str, summary: str, example: str, run: Any) 
     return parser
 
 
-def add_config_options(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
+def add_config_options(
+    parser: argparse.ArgumentParser, cls: type, title: str, *, leave_out: Collection[str] = ()
+) -> None:
     """Add one option per field of a config dataclass; its help is the text under the field."""
     group = parser.add_argument_group(title)
     docs = field_docs(cls)
     for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
         default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
         options: dict[str, Any] = {"help": (docs[field.name] + default).replace("%", "%%")}
         if field.type is bool:

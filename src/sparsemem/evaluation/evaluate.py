@@ -8,9 +8,12 @@ from torch import nn
 
 from sparsemem.data import Fact
 from sparsemem.evaluation.generate import answer_questions
-from sparsemem.evaluation.metrics import exact_match, f1, forgetting, mean
-from sparsemem.evaluation.probes import Probe, ProbeScore, score_probe
+from sparsemem.evaluation.metrics import contains_answer, exact_match, f1, forgetting, mean
+from sparsemem.evaluation.probes import LOWER_IS_BETTER, Probe, ProbeScore, score_probe
 from sparsemem.prompts import PromptFormat
+
+PER_QUESTION = ("answers", "seen_scores", "heldout_scores")
+"""What `FactScores` holds of single questions, and reports leave out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +22,25 @@ class FactScores:
 
     Args:
         num: Facts.
-        seen_f1: F1 in the trained wordings of the question.
+        seen_f1: F1 in the trained wordings of the question; None if no fact has one.
+        seen_em: Exact match in them.
         heldout_f1: F1 in wordings never trained on; None if no fact has one.
         heldout_em: Exact match in them.
+        heldout_recall: Share of the answers in them that contain a right one.
         answers: What was replied to each question, by question.
+        seen_scores: F1 of each trained wording, in the order asked.
+        heldout_scores: F1 of each held-out wording, in the order asked.
     """
 
     num: int
     seen_f1: float | None
+    seen_em: float | None
     heldout_f1: float | None
     heldout_em: float | None
+    heldout_recall: float | None
     answers: dict[str, str] = dataclasses.field(repr=False)
+    seen_scores: tuple[float, ...] = dataclasses.field(repr=False)
+    heldout_scores: tuple[float, ...] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +88,30 @@ def recall(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], prompt: Prom
     asked = [question for _, question in (*seen, *heldout)]
     answers = dict(zip(asked, answer_questions(model, tokenizer, asked, prompt=prompt), strict=True))
 
-    def score(metric: Callable[[str, Sequence[str]], float], pairs: list[tuple[Fact, str]]) -> float | None:
-        return mean([metric(answers[q], fact.answers) for fact, q in pairs]) if pairs else None
+    def score(metric: Callable[[str, Sequence[str]], float], pairs: list[tuple[Fact, str]]) -> list[float]:
+        return [metric(answers[question], fact.answers) for fact, question in pairs]
 
+    seen_scores, heldout_scores = score(f1, seen), score(f1, heldout)
     return FactScores(
         num=len(facts),
-        seen_f1=score(f1, seen),
-        heldout_f1=score(f1, heldout),
-        heldout_em=score(exact_match, heldout),
+        seen_f1=_mean(seen_scores),
+        seen_em=_mean(score(exact_match, seen)),
+        heldout_f1=_mean(heldout_scores),
+        heldout_em=_mean(score(exact_match, heldout)),
+        heldout_recall=_mean(score(contains_answer, heldout)),
         answers=answers,
+        seen_scores=tuple(seen_scores),
+        heldout_scores=tuple(heldout_scores),
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return mean(values) if values else None
 
 
 def retention(before: ProbeScore, after: ProbeScore) -> float | None:
     """Share of the answers that were right before and still are; None where nothing was right."""
-    kept = [a for b, a in zip(before.right, after.right, strict=True) if b]
-    return mean([float(right) for right in kept]) if kept else None
+    return _mean([float(a) for b, a in zip(before.right, after.right, strict=True) if b])
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
@@ -110,7 +129,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
                 "before": old.value,
                 "after": after.probes[name].value,
                 "forgetting": forgetting(
-                    old.value, after.probes[name].value, higher_is_better=old.metric != "perplexity"
+                    old.value, after.probes[name].value, higher_is_better=old.metric not in LOWER_IS_BETTER
                 ),
                 "num": old.num,
                 **({"retention": retention(old, after.probes[name])} if old.right else {}),
@@ -121,7 +140,5 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
 
 
 def fact_values(scores: FactScores) -> dict[str, Any]:
-    """Fact scores as plain JSON values, without the answers."""
-    values = dataclasses.asdict(scores)
-    del values["answers"]
-    return values
+    """Fact scores as plain JSON values, without those of single questions."""
+    return {name: value for name, value in dataclasses.asdict(scores).items() if name not in PER_QUESTION}

@@ -21,6 +21,12 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(normalize(prediction) in {normalize(answer) for answer in answers})
 
 
+def contains_answer(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if one of the answers stands in the prediction as whole words after normalisation, else 0.0."""
+    words = f" {normalize(prediction)} "
+    return float(any(f" {normalize(answer)} " in words for answer in answers))
+
+
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Best harmonic mean of word precision and recall against the answers, 0 to 1."""
     return max((_f1(normalize(prediction).split(), normalize(a).split()) for a in answers), default=0.0)

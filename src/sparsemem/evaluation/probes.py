@@ -1,4 +1,4 @@
-"""Probes: what must not be forgotten, as question sets, multiple choice and plain text."""
+"""Probes: what must not be forgotten, as question sets, multiple choice, completions and plain text."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sparsemem.data import Question, load_questions, load_texts, read_rows
+from sparsemem.data import Completion, Question, load_completions, load_questions, load_texts, read_rows
 from sparsemem.encode import pad
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.evaluation.generate import answer_questions
@@ -17,22 +17,28 @@ from sparsemem.evaluation.metrics import exact_match, f1, mean
 from sparsemem.likelihood import IGNORE, label_log_probs
 from sparsemem.prompts import PromptFormat, qa_question
 
-Metric = Literal["f1", "accuracy", "perplexity"]
+Metric = Literal["f1", "accuracy", "nll", "perplexity"]
+
+LOWER_IS_BETTER: frozenset[Metric] = frozenset({"nll", "perplexity"})
+"""Metrics that rise when something is forgotten; the others fall."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A named set of questions, or of texts; exactly one of the two is not empty."""
+    """A named set of questions, of completions or of texts; exactly one of the three is not empty."""
 
     name: str
     questions: tuple[Question, ...] = ()
     texts: tuple[str, ...] = ()
+    completions: tuple[Completion, ...] = ()
 
     @property
     def metric(self) -> Metric:
-        """What is measured: F1 of answers, accuracy of choices, perplexity of text."""
+        """What is measured: F1 of answers, accuracy of choices, likelihood of completions and of text."""
         if self.texts:
             return "perplexity"
+        if self.completions:
+            return "nll"
         return "accuracy" if self.questions[0].choices else "f1"
 
 
@@ -41,23 +47,27 @@ class ProbeScore:
     """Result of one probe.
 
     Args:
-        metric: What `value` is; for "perplexity" lower is better.
+        metric: What `value` is; see `LOWER_IS_BETTER`.
         value: The score.
-        num: Questions, or tokens of text.
+        num: Questions or completions, or tokens of text.
         right: Whether each question was answered right (exact match, or the right choice).
+        scores: What `value` is the mean of: F1 per question, 1.0 or 0.0 per choice, nats per token of
+            each completion. Empty for "perplexity".
     """
 
     metric: Metric
     value: float
     num: int
     right: tuple[bool, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 def load_probes(specs: Sequence[str]) -> list[Probe]:
     """Read probes given as "name=source".
 
-    A source is a .txt file or rows with "text" (perplexity), `{question, answers}` (closed-book) or
-    `{question, choices, answer}` (multiple choice), from a local file or a Hub data set.
+    A source is a .txt file or rows with "text" (perplexity), `{prompt, completion}` (nll),
+    `{question, answers}` (closed-book) or `{question, choices, answer}` (multiple choice), from a local
+    file or a Hub data set.
 
     Raises:
         ConfigError: A spec has no name or repeats one.
@@ -84,6 +94,8 @@ def load_probe(name: str, source: str) -> Probe:
         raise DataError(f"{source} has no rows; give at least one")
     if "question" not in row and "text" in row:
         return Probe(name, texts=tuple(load_texts(source)))
+    if "question" not in row and {"prompt", "completion"} & set(row):
+        return Probe(name, completions=tuple(load_completions(source)))
     questions = tuple(load_questions(source))
     if len({bool(question.choices) for question in questions}) > 1:
         raise DataError(f"{source} mixes questions with and without choices; split it into two probes")
@@ -94,15 +106,19 @@ def score_probe(model: nn.Module, tokenizer: Any, probe: Probe, prompt: PromptFo
     """Measure one probe."""
     if probe.metric == "perplexity":
         return perplexity(model, tokenizer, probe.texts)
+    if probe.metric == "nll":
+        return nll(model, tokenizer, probe.completions)
     if probe.metric == "accuracy":
         return multiple_choice(model, tokenizer, probe.questions)
     answers = answer_questions(model, tokenizer, [q.question for q in probe.questions], prompt=prompt)
     pairs = list(zip(answers, probe.questions, strict=True))
+    scores = tuple(f1(answer, question.answers) for answer, question in pairs)
     return ProbeScore(
         metric="f1",
-        value=mean([f1(answer, question.answers) for answer, question in pairs]),
+        value=mean(scores),
         num=len(pairs),
         right=tuple(exact_match(answer, question.answers) == 1.0 for answer, question in pairs),
+        scores=scores,
     )
 
 
@@ -123,6 +139,48 @@ def perplexity(
     return ProbeScore("perplexity", math.exp(-sum(log_probs) / num_tokens), num_tokens)
 
 
+def nll(
+    model: nn.Module, tokenizer: Any, completions: Sequence[Completion], *, max_length: int = 1024
+) -> ProbeScore:
+    """Negative log-likelihood per token of completions given their prompts; each counts the same.
+
+    score_i = -1 / |C_i| * sum over t in C_i of log p(token_t | tokens before t)
+
+    Prompt and completion are tokenized as one text. C_i are the tokens that reach into the completion:
+    one that begins in the prompt, as " Paris" does where the prompt ends with a space, is among them,
+    and the first token of a sequence is not, for nothing stands before it.
+
+    Args:
+        model: A causal LM.
+        tokenizer: Its tokenizer, of the fast kind.
+        completions: What to score.
+        max_length: Tokens of prompt and completion together; what is longer is cut at the right.
+
+    Returns:
+        Nats per token; `scores` in the order given.
+
+    Raises:
+        DataError: A completion has no token to score, being one token without a prompt or cut off.
+    """
+    encoded = tokenizer([c.prompt + c.completion for c in completions], return_offsets_mapping=True)
+    sequences, targets = [], []
+    for completion, ids, offsets in zip(
+        completions, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        # Not from len(tokens of the prompt): a token across the border would shift all that follow.
+        inside = [i for i, (_, end) in enumerate(offsets[:max_length]) if i and end > len(completion.prompt)]
+        if not inside:
+            raise DataError(
+                f"completion {completion.completion[:40]!r} has no token to score: it is one token without "
+                f"a prompt, or begins behind {max_length} tokens; give it a prompt, or a shorter one"
+            )
+        sequences.append(ids[: inside[-1] + 1])
+        targets.append(ids[inside[0] : inside[-1] + 1])
+    log_probs = _log_probs(model, sequences, targets)
+    scores = tuple(-total / len(target) for total, target in zip(log_probs, targets, strict=True))
+    return ProbeScore("nll", mean(scores), len(scores), scores=scores)
+
+
 def multiple_choice(model: nn.Module, tokenizer: Any, questions: Sequence[Question]) -> ProbeScore:
     """Accuracy of the likeliest choice, its log-probability divided by its length in bytes.
 
@@ -136,14 +194,14 @@ def multiple_choice(model: nn.Module, tokenizer: Any, questions: Sequence[Questi
             sequences.append(prompt + target)
             targets.append(target)
             lengths.append(len(choice.encode()))
-    scores = iter(
-        score / length for score, length in zip(_log_probs(model, sequences, targets), lengths, strict=True)
-    )
+    totals = _log_probs(model, sequences, targets)
+    per_byte = iter(total / length for total, length in zip(totals, lengths, strict=True))
     right = []
     for question in questions:
-        of_choices = [next(scores) for _ in question.choices]
+        of_choices = [next(per_byte) for _ in question.choices]
         right.append(question.choices[of_choices.index(max(of_choices))] in question.answers)
-    return ProbeScore("accuracy", mean([float(r) for r in right]), len(right), tuple(right))
+    scores = tuple(map(float, right))
+    return ProbeScore("accuracy", mean(scores), len(right), tuple(right), scores)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsemem.config import MemoryConfig
 from sparsemem.errors import ConfigError, LayerNotFoundError, NotAttachedError, UnknownArchitectureError
-from sparsemem.memory.layer import BeforeRead, MemoryLayer, init_memory
+from sparsemem.memory.layer import BeforeRead, MemoryLayer, Reads, init_memory
 from sparsemem.memory.pool import Pool
 
 FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1..fc2")
@@ -142,7 +142,7 @@ def unwrapped(model: Any) -> Any:
 
 @contextlib.contextmanager
 def before_read(model: nn.Module, hook: BeforeRead) -> Iterator[None]:
-    """Call `hook(layer, hidden, slot_ids)` in every memory layer once its reads are known."""
+    """Call `hook(layer, reads)` in every memory layer once its reads are known."""
     layers = list(memory_layers(model))
     for layer in layers:
         layer.before_read = hook
@@ -162,8 +162,8 @@ def observe_reads(model: nn.Module, hook: BeforeRead, **inputs: Tensor) -> None:
     """
     last = max(memory_layers(model), key=lambda layer: layer.block_index)
 
-    def hook_then_stop(layer: MemoryLayer, hidden: Tensor, slot_ids: Tensor) -> None:
-        hook(layer, hidden, slot_ids)
+    def hook_then_stop(layer: MemoryLayer, reads: Reads) -> None:
+        hook(layer, reads)
         if layer is last:
             raise _SeenEnough
 

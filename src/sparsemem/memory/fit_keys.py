@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsemem.encode import token_batches
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.memory.attach import memory_layers, observe_reads
-from sparsemem.memory.layer import MemoryLayer, init_memory
+from sparsemem.memory.layer import MemoryLayer, Reads, init_memory
 from sparsemem.prompts import background_documents
 
 KeyFit = Literal["random", "k_means", "context_invariant"]
@@ -178,8 +178,8 @@ def _collect_inputs(
         kept[:, 0] = False
         kept &= kept.flatten().cumsum(0).view_as(kept) <= num_tokens - collected
 
-        def keep(layer: MemoryLayer, states: Tensor, _slots: Tensor, kept: Tensor = kept) -> None:
-            hidden[layer.block_index].append(states[kept].float().cpu())
+        def keep(layer: MemoryLayer, reads: Reads, kept: Tensor = kept) -> None:
+            hidden[layer.block_index].append(reads.hidden[kept].float().cpu())
 
         with _output_sizes(layers, kept, squares):
             observe_reads(model, keep, **batch)

@@ -5,7 +5,7 @@ Shape letters: T tokens, H heads, N sub-keys per half, K top-k, Q half key dim, 
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,24 @@ from sparsemem.memory.pool import Pool
 
 Placement = Literal["add", "replace"]
 
-BeforeRead = Callable[["MemoryLayer", Tensor, Tensor], None]
-"""Called with (layer, hidden (batch, tokens, hidden_size), slot ids (batch, tokens, heads, top_k)) once
-the reads are known and before a row is touched: here usage is counted and slots are chosen."""
+
+class Reads(NamedTuple):
+    """What a layer is about to read.
+
+    Args:
+        hidden: States that ask, shape (batch, tokens, hidden_size).
+        slot_ids: Slots each of them reads, shape (batch, tokens, heads, top_k).
+        weights: Weight of each read, same shape, float32; those of a head sum to 1.
+    """
+
+    hidden: Tensor
+    slot_ids: Tensor
+    weights: Tensor
+
+
+BeforeRead = Callable[["MemoryLayer", Reads], None]
+"""Called with a layer and its reads once they are known and before a row is touched: here usage is
+counted and slots are chosen."""
 
 
 class MemoryLayer(nn.Module):
@@ -91,7 +106,7 @@ class MemoryLayer(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             slot_ids, weights = self.lookup(hidden)
             if self.before_read is not None:
-                self.before_read(self, hidden, slot_ids)
+                self.before_read(self, Reads(hidden, slot_ids, weights))
             reads = self.num_heads * self.top_k
             y_TV = self.pool.read(slot_ids.view(-1, reads), weights.reshape(-1, reads))
             y_TV = y_TV * self.value_scale

@@ -22,7 +22,7 @@ def tf_idf(reads_C: Tensor, usage: PoolUsage) -> Tensor:
     Source: Lin et al. 2025 (arXiv:2510.15103), section 3; a document is one background batch.
 
     Args:
-        reads_C: Reads per slot in the batch, shape (candidates,), integer, padding excluded.
+        reads_C: Reads per slot in the batch, shape (candidates,), counted or weighted, no padding.
         usage: Background usage of the same candidates.
 
     Returns:
@@ -59,7 +59,7 @@ RANKINGS: dict[str, Ranking] = {"tf_idf": tf_idf, "tf": tf, "kl": kl}
 
 
 def _share(reads_C: Tensor) -> Tensor:
-    return reads_C.float() / reads_C.sum().clamp(min=1)
+    return reads_C.float() / reads_C.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _check(reads_C: Tensor, usage: PoolUsage) -> None:

@@ -16,7 +16,7 @@ from sparsemem.encode import token_batches
 from sparsemem.errors import CheckpointError, DataError, PoolMismatchError
 from sparsemem.files import read_tensors, write_tensors
 from sparsemem.memory.attach import memory_layers, observe_reads, pools
-from sparsemem.memory.layer import MemoryLayer
+from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.prompts import background_documents
 
 USAGE_FILE = "background_usage.safetensors"
@@ -34,7 +34,6 @@ class PoolUsage:
         num_documents: Documents counted; a document is one background batch.
         total_reads: Reads of all slots of the pool.
         num_slots: Slots of the pool.
-        mean_document_frequency: Mean over all slots of the pool.
     """
 
     reads: Tensor
@@ -42,13 +41,11 @@ class PoolUsage:
     num_documents: int
     total_reads: int
     num_slots: int
-    mean_document_frequency: float
 
     @classmethod
     def of_pool(cls, reads: Tensor, document_frequency: Tensor, num_documents: int) -> "PoolUsage":
         """Make the usage of a whole pool from its counts."""
-        mean = document_frequency.double().mean().item()
-        return cls(reads, document_frequency, num_documents, int(reads.sum()), len(reads), mean)
+        return cls(reads, document_frequency, num_documents, int(reads.sum()), len(reads))
 
     def take(self, slot_ids: Tensor) -> "PoolUsage":
         """Restrict the counts to some slots; the totals stay those of the pool."""
@@ -126,8 +123,8 @@ def count_usage(
         rows = torch.arange(len(mask), device=device).unsqueeze(1).expand_as(mask)[mask]
         seen: dict[str, list[Tensor]] = {name: [] for name in reads}
 
-        def keep(layer: MemoryLayer, _hidden: Tensor, slot_ids: Tensor) -> None:
-            real = slot_ids[mask].flatten(1)  # noqa: B023 - called within this turn of the loop
+        def keep(layer: MemoryLayer, current: Reads) -> None:
+            real = current.slot_ids[mask].flatten(1)  # noqa: B023 - called within this turn of the loop
             keyed = real + rows.unsqueeze(1) * layer.pool.num_slots  # noqa: B023
             seen[layer.pool_name].append(keyed.flatten())  # noqa: B023
 

@@ -19,7 +19,7 @@ from sparsemem.files import check_new, new_folder
 from sparsemem.memory.attach import detach_memory, memory_layers, pools
 from sparsemem.memory.checkpoint import delta_paths, load, local_folder, read_header
 from sparsemem.prompts import PromptFormat, check_format
-from sparsemem.slots.usage import USAGE_FILE, load_usage
+from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.store.deltas import DeltaStore
 from sparsemem.training.finetune import FinetuneResult, finetune
 from sparsemem.training.methods import check_method
@@ -68,27 +68,17 @@ def learn(
         model, tokenizer = load(folder)
         usage.check(model)
         num_base = num_base_values(model)
-    before = _evaluate("measure before", model, tokenizer, fact_list, probe_list, prompt)
+    before = measure("measure before", model, tokenizer, fact_list, probe_list, prompt)
     started = time.perf_counter()
-    with console.progress(f"learn {len(fact_list)} facts") as step:
-        result = finetune(
-            model,
-            tokenizer,
-            fact_list,
-            usage,
-            config,
-            on_step=lambda done, total, loss: step(done, total, f"loss {loss:.3f}"),
-        )
+    result = train(model, tokenizer, fact_list, usage, config)
     seconds = time.perf_counter() - started
-    after = _evaluate("measure after", result.model, tokenizer, fact_list, probe_list, prompt)
+    after = measure("measure after", result.model, tokenizer, fact_list, probe_list, prompt)
     report = {
-        **compare(before, after),
-        **_size(result, num_base),
+        **metrics(before, after, result, num_base),
         "seconds": round(seconds, 1),
         "method": config.method,
         "seed": config.seed,
         "prompt": prompt,
-        "final_loss": result.losses[-1],
         "message": message,
     }
     if result.delta is not None:
@@ -142,7 +132,7 @@ def evaluate_folder(
     started = time.perf_counter()
     with console.progress(f"load {folder}"):
         model, tokenizer = load(folder)
-    scores = _evaluate("measure", model, tokenizer, fact_list, probe_list, prompt)
+    scores = measure("measure", model, tokenizer, fact_list, probe_list, prompt)
     trained = {name: pool.num_rows for name, pool in pools(model).items()}
     num_values = sum(pool.rows.numel() for pool in pools(model).values())
     return {
@@ -179,17 +169,48 @@ def num_base_values(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in memory)
 
 
-def _size(result: FinetuneResult, num_base: int) -> dict[str, Any]:
+def metrics(before: Evaluation, after: Evaluation, result: FinetuneResult, num_base: int) -> dict[str, Any]:
+    """Say what an update learned, what it forgot and how much it changed, as plain JSON values.
+
+    Args:
+        before: Scores before the update.
+        after: Scores after it.
+        result: What the training did.
+        num_base: Weights of the base model.
+    """
     return {
+        **compare(before, after),
         "num_slots_trained": result.delta.num_slots_trained if result.delta else 0,
         "num_trained": result.num_trained,
         "changed_fraction": result.num_trained / num_base,
         # Of a baseline: its trained weights in float32. A committed delta's is its file's size.
         "delta_bytes": 4 * result.num_trained,
+        "final_loss": result.losses[-1],
     }
 
 
-def _evaluate(
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    usage: Usage | None,
+    config: FinetuneConfig,
+    background: Sequence[str] = (),
+) -> FinetuneResult:
+    """Run `finetune` behind a progress bar."""
+    with console.progress(f"learn {len(facts)} facts") as step:
+        return finetune(
+            model,
+            tokenizer,
+            facts,
+            usage,
+            config,
+            background=background,
+            on_step=lambda done, total, loss: step(done, total, f"loss {loss:.3f}"),
+        )
+
+
+def measure(
     title: str,
     model: nn.Module,
     tokenizer: Any,
@@ -197,6 +218,7 @@ def _evaluate(
     probes: Sequence[Probe],
     prompt: PromptFormat,
 ) -> Evaluation:
+    """Run `evaluate` behind a progress bar with that title."""
     total = len(probes) + bool(facts)
     with console.progress(title) as step:
         done = iter(range(total + 1))

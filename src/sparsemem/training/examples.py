@@ -1,7 +1,8 @@
 """Facts to token sequences with labels, and with marks at the tokens of their subject."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ class Example:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     is_subject: tuple[bool, ...]
+
+
+FactBatch = tuple[tuple[Example, ...], ...]
+"""All wordings of each fact of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +104,25 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         fact_index=torch.tensor([example.fact_index for example in examples], device=device),
         examples=tuple(examples),
     )
+
+
+def collate_parts(
+    examples: Iterable[Example], num_parts: int, device: torch.device | str = "cpu"
+) -> list[Batch]:
+    """Cut examples into at least `num_parts` batches of examples of like length.
+
+    A part ends where padding it to the next example's length would make a quarter of it padding.
+    """
+    ordered = sorted(examples, key=lambda example: (len(example.input_ids), example.input_ids))
+    most = math.ceil(len(ordered) / num_parts)
+    parts: list[list[Example]] = [[]]
+    num_tokens = 0
+    for example in ordered:
+        length = len(example.input_ids)
+        padded = length * (len(parts[-1]) + 1)
+        if parts[-1] and (len(parts[-1]) == most or num_tokens + length < 0.75 * padded):
+            parts.append([])
+            num_tokens = 0
+        parts[-1].append(example)
+        num_tokens += length
+    return [collate(part, device) for part in parts]

@@ -18,9 +18,10 @@ from sparsemem.likelihood import label_log_probs
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.slots.subject import find_subject
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Example, collate, encode_wording
+from sparsemem.training.examples import Example, FactBatch, collate_parts, encode_wording
 from sparsemem.training.methods import DenseWeights, SparseMemory
 from sparsemem.training.paraphrase import with_own_paraphrases, wordings
+from sparsemem.training.penalties import Guards, build_guards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class FinetuneResult:
         model: The trained model: the same object, or the PEFT model around it.
         delta: Rows before and after; None for methods that train no memory.
         losses: Mean loss per label of each optimizer step.
-        evaluations: What `evaluate` returned, as (epoch, value).
+        evaluations: What `evaluate` returned, as (epoch, value), or (batch, value) of a stream.
         num_trained: Numbers that moved.
         seconds: Wall time of the training loop, evaluations left out.
     """
@@ -51,6 +52,7 @@ def finetune(
     usage: Usage | None = None,
     config: FinetuneConfig | None = None,
     *,
+    background: Sequence[str] = (),
     evaluate: Callable[[nn.Module], Any] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> FinetuneResult:
@@ -62,7 +64,8 @@ def finetune(
         facts: What to learn.
         usage: Background usage; needed for method="memory".
         config: Options.
-        evaluate: Called with the model after each epoch.
+        background: Ordinary text for `penalty` and `replay_fraction`.
+        evaluate: Called with the model after each epoch; of a stream, after each batch of facts.
         on_step: Called with (step, number of steps, mean loss) after each optimizer step.
 
     Returns:
@@ -85,11 +88,12 @@ def finetune(
     evaluations: list[tuple[int, Any]] = []
     seconds = 0.0
     try:
+        guards = build_guards(method.model, tokenizer, method.trained, background, config)
         schedule = _schedule(config.lr_scheduler, method.optimizer, num_steps)
-        for epoch in range(1, config.num_epochs + 1):
+        for number, batches in enumerate(_rounds(by_fact, config, rng), 1):
             started = time.perf_counter()
-            for batch in _batches(by_fact, config.facts_per_batch, rng):
-                losses.append(_train_step(method, batch, config.gradient_accumulation_steps))
+            for batch in batches:
+                losses.append(_train_step(method, batch, guards, config, rng))
                 if not math.isfinite(losses[-1]):
                     raise TrainingDivergedError(
                         f"the loss is {losses[-1]} at step {len(losses)}, nothing was learned; "
@@ -102,7 +106,7 @@ def finetune(
                     on_step(len(losses), num_steps, losses[-1])
             seconds += time.perf_counter() - started
             if evaluate:
-                evaluations.append((epoch, evaluate(method.model)))
+                evaluations.append((number, evaluate(method.model)))
         delta = method.finish()
     except BaseException:
         method.abort()
@@ -119,19 +123,39 @@ def finetune(
     )
 
 
-def _train_step(method: SparseMemory | DenseWeights, batch: list[Example], num_parts: int) -> float:
+def _train_step(
+    method: SparseMemory | DenseWeights,
+    batch: FactBatch,
+    guards: Guards,
+    config: FinetuneConfig,
+    rng: random.Random,
+) -> float:
     """Add up the gradients of a batch, part by part; returns its mean loss per label."""
     device = next(method.model.parameters()).device
-    parts = [collate(examples, device) for examples in _split(batch, num_parts)]
+    drawn = _draw(batch, config.wordings_per_step, rng)
+    parts = collate_parts(drawn, config.gradient_accumulation_steps, device)
     num_labels = sum(part.num_labels for part in parts)
     total = 0.0
-    with method.step(parts):  # the slots of the whole batch are chosen in here, once
+    with method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
         for part in parts:
-            with method.part(part):
+            with (
+                method.part(part),
+                torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"),
+            ):
                 loss = -label_log_probs(method.model, *part.model_inputs).sum() / num_labels
-            loss.backward()
+            (guards.fact_weight * loss).backward()
             total += loss.item()
+    guards.add_gradients(len(drawn))
     return total
+
+
+def _draw(batch: FactBatch, num: int | None, rng: random.Random) -> list[Example]:
+    """Draw `num` wordings of each fact, or take all of them."""
+    return [
+        example
+        for wordings in batch
+        for example in (wordings if num is None or num >= len(wordings) else rng.sample(wordings, num))
+    ]
 
 
 def _method(model: nn.Module, usage: Usage | None, config: FinetuneConfig) -> SparseMemory | DenseWeights:
@@ -167,30 +191,21 @@ def build_examples(
     return by_fact
 
 
-def _batches(by_fact: list[list[Example]], size: int, rng: random.Random) -> Iterator[list[Example]]:
-    order = rng.sample(range(len(by_fact)), len(by_fact))
-    for start in range(0, len(order), size):
-        yield [example for index in order[start : start + size] for example in by_fact[index]]
-
-
-def _split(batch: list[Example], num_parts: int) -> list[list[Example]]:
-    """Cut a batch into at least `num_parts` parts of examples of like length.
-
-    A part ends where padding it to the next example's length would make a quarter of it padding.
-    """
-    ordered = sorted(batch, key=lambda example: (len(example.input_ids), example.input_ids))
-    most = math.ceil(len(ordered) / num_parts)
-    parts: list[list[Example]] = [[]]
-    num_tokens = 0
-    for example in ordered:
-        length = len(example.input_ids)
-        padded = length * (len(parts[-1]) + 1)
-        if parts[-1] and (len(parts[-1]) == most or num_tokens + length < 0.75 * padded):
-            parts.append([])
-            num_tokens = 0
-        parts[-1].append(example)
-        num_tokens += length
-    return parts
+def _rounds(
+    by_fact: list[list[Example]], config: FinetuneConfig, rng: random.Random
+) -> Iterator[list[FactBatch]]:
+    """Yield the batches of each epoch, shuffled; of a stream, each batch as often as there are epochs."""
+    size = config.facts_per_batch
+    if config.stream:
+        for start in range(0, len(by_fact), size):
+            yield [tuple(map(tuple, by_fact[start : start + size]))] * config.num_epochs
+        return
+    for _ in range(config.num_epochs):
+        order = rng.sample(range(len(by_fact)), len(by_fact))
+        yield [
+            tuple(tuple(by_fact[index]) for index in order[start : start + size])
+            for start in range(0, len(order), size)
+        ]
 
 
 def _schedule(name: str, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:

@@ -1,6 +1,7 @@
 """What may move: the slots of a memory, all weights, or the weights of a PEFT adapter."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ from sparsemem.config import FinetuneConfig
 from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.memory.attach import before_read, memory_layers, observe_reads, pools, unwrapped
 from sparsemem.memory.delta import DeltaRecorder, SparseDelta
-from sparsemem.memory.layer import MemoryLayer
+from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Batch, Example
+from sparsemem.training.examples import Batch, FactBatch, collate_parts
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import PrefixCache
 
@@ -40,11 +41,12 @@ class SparseMemory:
         self.shares_pools = len(self.pools) < num_layers
         # With one memory layer everything below the reads is frozen, so a batch always reads the same.
         self.reads_are_fixed = num_layers == 1
-        self.selections: dict[tuple[tuple[Example, ...], ...], dict[str, Tensor]] = {}
+        self.selections: dict[FactBatch, dict[str, Tensor]] = {}
         self.frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         model.eval()
+        self.trained: list[nn.Parameter] = []  # the rows, which are new parameters in each step
         self.optimizer: torch.optim.Optimizer = SlotOptimizer(
             self.pools,
             config.optimizer,
@@ -54,29 +56,31 @@ class SparseMemory:
         )
 
     @contextlib.contextmanager
-    def step(self, parts: Sequence[Batch]) -> Iterator[None]:
+    def step(self, batch: FactBatch, parts: Sequence[Batch]) -> Iterator[None]:
         """Within this context the parts of one optimizer step run, all with the same selection.
 
-        A batch in one part chooses inside its forward pass. Where reads of other parts, or of a
-        higher layer on the same pool, count too, they are collected in a pass that ends at the memory.
+        Slots are chosen for all wordings of the batch's facts. Where one part holds them all that
+        happens inside its forward pass. Where it does not, or a higher layer on the same pool reads
+        too, the reads are collected before, in a pass that ends at the memory.
         """
-        key = tuple(part.examples for part in parts)
         chosen: set[str] = set()
-        if key in self.selections or len(parts) > 1 or self.shares_pools:
-            for name, slot_ids in (self.selections.get(key) or self._select_beforehand(parts)).items():
-                self._activate(name, slot_ids)
-                chosen.add(name)
+        beforehand = self.selections.get(batch)
+        if beforehand is None and (self.shares_pools or len(parts) > 1 or not _holds(parts[0], batch)):
+            beforehand = self._select_beforehand(batch, parts[0].input_ids.device)
+        for name, slot_ids in (beforehand or {}).items():
+            self._activate(name, slot_ids)
+            chosen.add(name)
 
-        def choose(layer: MemoryLayer, _hidden: Tensor, slot_ids: Tensor) -> None:
+        def choose(layer: MemoryLayer, reads: Reads) -> None:
             if layer.pool_name not in chosen:
                 chosen.add(layer.pool_name)
-                reads = [self._countable(parts[0], slot_ids)]
-                self._activate(layer.pool_name, self._select(layer.pool_name, reads))
+                countable = [self._countable(parts[0], reads)]
+                self._activate(layer.pool_name, self._select(layer.pool_name, countable))
 
         with before_read(self.model, choose):
             yield
         if self.reads_are_fixed:
-            self.selections[key] = {
+            self.selections[batch] = {
                 n: p.active_ids for n, p in self.pools.items() if p.active_ids is not None
             }
 
@@ -107,47 +111,53 @@ class SparseMemory:
         """Numbers that were changed."""
         return delta.num_values if delta else 0
 
-    def _countable(self, batch: Batch, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reads that may be chosen, and the fact of each.
+    def _countable(self, batch: Batch, reads: Reads) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the slots read where it counts, the weight of each read, and its fact.
 
-        Padding never counts; where the selection is anchored only the subject's tokens do, unless a
-        fact has none anywhere in its wordings.
+        Padding never counts; where the selection is anchored only the subject's tokens do, or the
+        last one of each mention, unless a fact has none anywhere in its wordings.
         """
         counts = batch.attention_mask.bool()
-        if self.config.anchor == "subject":
+        if self.config.anchor != "all":
+            marks = batch.is_subject
+            if self.config.anchor == "subject_end":
+                marks = marks & ~nn.functional.pad(marks[:, 1:], (0, 1))
             anchored = {e.fact_index for e in batch.examples if any(e.is_subject)}
             has_subject = torch.tensor(
                 [e.fact_index in anchored for e in batch.examples], device=counts.device
             )
-            counts = torch.where(has_subject.unsqueeze(1), batch.is_subject, counts)
+            counts = torch.where(has_subject.unsqueeze(1), marks, counts)
         facts = batch.fact_index.unsqueeze(1).expand_as(counts)[counts]
-        reads = slot_ids[counts].flatten(1)
-        return reads.flatten(), facts.repeat_interleave(reads.shape[1])
+        slot_ids, weights = reads.slot_ids[counts].flatten(1), reads.weights[counts].flatten(1)
+        if not self.config.weighted_reads:
+            weights = torch.ones_like(weights)
+        return slot_ids.flatten(), weights.flatten(), facts.repeat_interleave(slot_ids.shape[1])
 
-    def _select_beforehand(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
+    def _select_beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Tensor]:
         for pool in self.pools.values():
             pool.deactivate()
-        reads: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.pools}
-        for part in parts:
+        countable: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.pools}
+        for part in collate_parts(itertools.chain(*batch), 1, device):
 
-            def collect(layer: MemoryLayer, _hidden: Tensor, slot_ids: Tensor, part: Batch = part) -> None:
-                reads[layer.pool_name].append(self._countable(part, slot_ids))
+            def collect(layer: MemoryLayer, reads: Reads, part: Batch = part) -> None:
+                countable[layer.pool_name].append(self._countable(part, reads))
 
             with self.cache.reuse(part):
                 observe_reads(
                     self.model, collect, input_ids=part.input_ids, attention_mask=part.attention_mask
                 )
-        return {name: self._select(name, collected) for name, collected in reads.items()}
+        return {name: self._select(name, collected) for name, collected in countable.items()}
 
-    def _select(self, name: str, collected: list[tuple[Tensor, Tensor]]) -> Tensor:
-        reads, facts = (torch.cat(tensors) for tensors in zip(*collected, strict=True))
+    def _select(self, name: str, collected: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        slot_ids, weights, facts = (torch.cat(tensors) for tensors in zip(*collected, strict=True))
         return select_slots(
-            reads,
+            slot_ids,
+            weights,
             facts,
             self.usage.pools[name],
             self.ranking,
             self.config.top_t,
-            self.config.max_commonness,
+            self.config.max_document_frequency,
         )
 
     def _activate(self, name: str, slot_ids: Tensor) -> None:
@@ -182,7 +192,7 @@ class DenseWeights:
             self.trained, lr=config.lr, weight_decay=config.weight_decay, **options
         )
 
-    def step(self, parts: Sequence[Batch]) -> contextlib.AbstractContextManager[None]:
+    def step(self, batch: FactBatch, parts: Sequence[Batch]) -> contextlib.AbstractContextManager[None]:
         """Nothing to choose."""
         return contextlib.nullcontext()
 
@@ -203,6 +213,10 @@ class DenseWeights:
     def num_trainable(self, _delta: SparseDelta | None) -> int:
         """Numbers that could change."""
         return sum(parameter.numel() for parameter in self.trained)
+
+
+def _holds(part: Batch, batch: FactBatch) -> bool:
+    return len(part.examples) == sum(map(len, batch))
 
 
 def check_method(name: str) -> None:

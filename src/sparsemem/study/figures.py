@@ -1,0 +1,130 @@
+"""Pictures of results. The only import of matplotlib."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sparsemem.errors import ConfigError, MissingDependencyError
+from sparsemem.files import write_atomically
+from sparsemem.study.results import Results, method_of, metric, probe_names
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Told apart with any colour vision (Okabe and Ito 2008); markers and lines differ too, for grey prints."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+
+WORDS = {
+    "facts.heldout_f1": "F1 of the facts in held-out wordings",
+    "facts.seen_f1": "F1 of the facts in the trained wording",
+    "f1": "F1",
+    "accuracy": "accuracy",
+    "nll": "negative log-likelihood",
+    "perplexity": "perplexity",
+}
+
+Point = tuple[float, float]
+"""Forgetting and learning of one run."""
+
+
+def pareto(
+    results: Results, path: Path, *, learning: str = "facts.heldout_f1", probe: str | None = None
+) -> list[Path]:
+    """Draw learning against forgetting: a point per run, and the front of each method as a step line.
+
+    Args:
+        results: Runs by name.
+        path: The picture, by its name without suffix or with .png.
+        learning: What learning is measured by, as a path in the metrics.
+        probe: What forgetting is measured by; the first probe if not given.
+
+    Returns:
+        The files: a PNG and an SVG.
+
+    Raises:
+        ConfigError: There is no such metric or probe.
+        MissingDependencyError: matplotlib is not installed.
+        OutputError: A file could not be written.
+    """
+    names = probe_names(results)
+    if not names or (probe is not None and probe not in names):
+        raise ConfigError(f"probe {probe or ''!r} is in none of the results; there are {', '.join(names)}")
+    probe = probe or names[0]
+    points: dict[str, list[Point]] = {}
+    measures = set()
+    for name, run in results.items():
+        of_probe = run["metrics"]["probes"].get(probe)
+        learned = metric(run, learning)
+        if of_probe is not None and learned is not None:
+            points.setdefault(method_of(name), []).append((of_probe["forgetting"], learned))
+            measures.add(of_probe["metric"])
+    if not points:
+        raise ConfigError(f"no run has {learning!r} beside probe {probe!r}; choose another metric")
+    (measure,) = measures
+    figure = _draw(
+        points,
+        across=f"forgetting: {WORDS[measure]} on {probe}, relative loss",
+        up=f"learning: {WORDS.get(learning, learning)}",
+    )
+    return _save(figure, path.with_suffix(""))
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Keep the points that no other beats: each learns more than all that forget as little."""
+    kept: list[Point] = []
+    for forgot, learned in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not kept or learned > kept[-1][1]:
+            kept.append((forgot, learned))
+    return kept
+
+
+def _draw(points: dict[str, list[Point]], across: str, up: str) -> Any:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise MissingDependencyError("a picture needs matplotlib; pip install 'sparsemem[study]'") from error
+    # Not by pyplot, which keeps every figure and asks for a display.
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    right = max(point[0] for of_method in points.values() for point in of_method)
+    for number, (method, of_method) in enumerate(points.items()):
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        line = LINES[number % len(LINES)]
+        best = front(of_method)
+        # Who may forget more can always take the point that forgets less.
+        steps = [*best, (right, best[-1][1])]
+        axes.plot(*zip(*steps, strict=True), line, color=color, drawstyle="steps-post", linewidth=1.2)
+        forgot, learned = zip(*of_method, strict=True)
+        axes.scatter(
+            forgot,
+            learned,
+            44,
+            color,
+            marker=marker,
+            edgecolor="white",
+            linewidth=0.8,
+            label=method,
+            zorder=3,
+        )
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.grid(color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> list[Path]:
+    from matplotlib import rc_context
+
+    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+    # The same results give the same bytes: no date, no random ids.
+    with rc_context({"svg.hashsalt": "sparsemem"}):
+        write_atomically(png, partial(figure.savefig, format="png", dpi=200))
+        write_atomically(svg, partial(figure.savefig, format="svg", metadata={"Date": None}))
+    return [png, svg]

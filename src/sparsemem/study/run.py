@@ -1,0 +1,310 @@
+"""One run of a comparison: what it is made of, and its result as JSON.
+
+python -m sparsemem.study.run SPEC.json RESULT.json CACHE
+"""
+
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsemem import console
+from sparsemem.config import FinetuneConfig, MemoryConfig, from_json, to_json
+from sparsemem.data import Fact, load_facts, load_texts
+from sparsemem.errors import ConfigError, DataError, OutputError, SparsememError
+from sparsemem.evaluation.evaluate import Evaluation, FactScores
+from sparsemem.evaluation.metrics import f1
+from sparsemem.evaluation.probes import Probe, ProbeScore, load_probes
+from sparsemem.files import read_json, write_json
+from sparsemem.memory.attach import memory_layers, pools
+from sparsemem.memory.base_model import fingerprint, load_base_model
+from sparsemem.memory.checkpoint import base_weights, load
+from sparsemem.memory.delta import SparseDelta
+from sparsemem.prompts import PromptFormat, check_format
+from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
+from sparsemem.study.attach import attach_to_folder
+from sparsemem.study.learn import measure, metrics, num_base_values, train
+from sparsemem.study.provenance import provenance
+
+KNOWN_FROM = 0.5
+"""F1 from which the base model counts as knowing a fact."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+ATTACH_OPTIONS = [
+    parameter.name
+    for parameter in inspect.signature(attach_to_folder).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What one run is made of; every option is checked when it is built, no file is read.
+
+    Raises:
+        ConfigError: An option is unknown or cannot work.
+    """
+
+    model: str
+    """Hub id, local folder or GGUF file."""
+    facts: str
+    """Where the facts are read."""
+    num_facts: int | None = None
+    """How many of them; all if not given."""
+    first_fact: int = 0
+    """The first of them, counted from 0."""
+    known_wrong_only: bool = False
+    """Leave out facts whose trained question the base model answers with an F1 of 0.5 or more."""
+    probes: tuple[str, ...] = ()
+    """What must not be forgotten, as "name=source"."""
+    background: tuple[str, ...] = ()
+    """Sources of ordinary text: to fit keys and count usage, and for penalties and replay."""
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of `MemoryConfig`."""
+    attach: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of `attach_to_folder`: keys, num_tokens, num_documents."""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of `FinetuneConfig`."""
+    prompt: PromptFormat = "qa"
+    """How questions are asked."""
+    eval_dtype: str = "float32"
+    """Precision of the model while it is measured, before and after alike."""
+
+    def __post_init__(self) -> None:
+        check_format(self.prompt)
+        if self.eval_dtype not in DTYPES:
+            raise ConfigError(f"eval_dtype={self.eval_dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if self.first_fact < 0 or (self.num_facts is not None and self.num_facts < 1):
+            raise ConfigError(
+                f"first_fact={self.first_fact} and num_facts={self.num_facts} are no slice; "
+                "count from 0, and take at least one"
+            )
+        if unknown := sorted(set(self.attach) - set(ATTACH_OPTIONS)):
+            raise ConfigError(f"attach: unknown option {unknown[0]!r}; known are {', '.join(ATTACH_OPTIONS)}")
+        _ = self.memory_config, self.finetune_config
+        if self.needs_background and not self.background:
+            raise ConfigError(
+                f"method={self.finetune_config.method!r} needs background text here; give at least one source"
+            )
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """Shape and place of the memory."""
+        return from_json(MemoryConfig, self.memory, "memory")
+
+    @property
+    def finetune_config(self) -> FinetuneConfig:
+        """How to train."""
+        return from_json(FinetuneConfig, self.config, "config")
+
+    @property
+    def needs_background(self) -> bool:
+        """Whether ordinary text is needed: by a memory, a penalty or replay."""
+        config = self.finetune_config
+        return config.method == "memory" or config.penalty != "none" or config.replay_fraction > 0
+
+    @property
+    def files(self) -> list[Path]:
+        """The local files among its sources."""
+        background = self.background if self.needs_background else ()
+        sources = (self.facts, *(probe.partition("=")[2] for probe in self.probes), *background)
+        return [Path(source) for source in sources if Path(source).is_file()]
+
+    def load_facts(self) -> list[Fact]:
+        """Read the facts of its slice.
+
+        Raises:
+            DataError: There are fewer.
+        """
+        facts = load_facts(self.facts)
+        end = len(facts) if self.num_facts is None else self.first_fact + self.num_facts
+        if end > len(facts) or end <= self.first_fact:
+            raise DataError(
+                f"{self.facts} has {len(facts)} facts, not {self.num_facts or 1} from number "
+                f"{self.first_fact} on; lower num_facts or first_fact"
+            )
+        return facts[self.first_fact : end]
+
+    def load_background(self) -> list[str]:
+        """Read the background, if it is needed."""
+        return [text for source in self.background for text in load_texts(source) if self.needs_background]
+
+    def described(self) -> dict[str, Any]:
+        """Every option with its value, those of `FinetuneConfig` under their own names."""
+        config, values = self.finetune_config, to_json(self)
+        del values["config"]
+        values["memory"] = to_json(self.memory_config)
+        return {**values, **to_json(config), "learning_rate": config.lr}
+
+
+def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
+    """Measure a model, teach it, and measure it again.
+
+    The attached memory and the scores of the base model are kept in `cache` for other runs; empty it
+    after a change of the code that makes them.
+
+    Args:
+        spec: What to do. Only method="memory" runs on a model with a memory; baselines train the
+            model as it came.
+        cache: Folder for what runs share.
+
+    Returns:
+        config, metrics, scores of single questions, seed, seconds and provenance, as plain JSON values.
+
+    Raises:
+        SparsememError: Something given is not usable, or the run failed.
+    """
+    started = time.perf_counter()
+    config = spec.finetune_config
+    facts, probes, background = spec.load_facts(), load_probes(spec.probes), spec.load_background()
+    model, tokenizer, usage = _load(spec, background, cache)
+    if spec.known_wrong_only:
+        facts = _unknown(base_scores(model, tokenizer, facts, [], spec, cache), facts)
+    before = base_scores(model, tokenizer, facts, probes, spec, cache)
+    num_base, model_sha = num_base_values(model), fingerprint(base_weights(model))
+    exact_sha = _exact_sha(model)
+    result = train(model, tokenizer, facts, usage, config, background)
+    trained = _in_dtype(result.model, spec.eval_dtype)
+    after = measure("measure after", trained, tokenizer, facts, probes, spec.prompt)
+    values = {
+        **metrics(before, after, result, num_base),
+        "train_seconds": round(result.seconds, 1),
+        **({"base_unchanged": _is_sparse(model, result.delta, exact_sha)} if result.delta else {}),
+    }
+    return {
+        "config": spec.described(),
+        "metrics": values,
+        "scores": {"before": _question_scores(before), "after": _question_scores(after)},
+        "seed": config.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        **provenance(model_sha=model_sha, data=spec.files),
+    }
+
+
+def base_scores(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    probes: Sequence[Probe],
+    spec: RunSpec,
+    cache: Path,
+) -> Evaluation:
+    """Measure a model that has learned nothing yet, or read what an earlier run measured."""
+    key = _digest(
+        fingerprint(base_weights(model)),
+        # A memory beside the network is silent until it learns; one in its place is another model.
+        [layer.block_index for layer in memory_layers(model) if layer.replaced],
+        [dataclasses.asdict(fact) for fact in facts],
+        [dataclasses.asdict(probe) for probe in probes],
+        [field.name for cls in (FactScores, ProbeScore) for field in dataclasses.fields(cls)],
+        spec.prompt,
+        spec.eval_dtype,
+    )
+    path = cache / "scores" / f"{key}.json"
+    if not path.is_file():
+        before = _in_dtype(model, spec.eval_dtype)
+        scores = measure("measure before", before, tokenizer, facts, probes, spec.prompt)
+        write_json(path, dataclasses.asdict(scores))
+    values = read_json(path)
+    return Evaluation(
+        facts=from_json(FactScores, values["facts"], path),
+        probes={name: from_json(ProbeScore, score, path) for name, score in values["probes"].items()},
+    )
+
+
+def attached_folder(spec: RunSpec, background: Sequence[str], cache: Path) -> Path:
+    """Attach the memory of a run, or return the folder where an earlier run did."""
+    key = _digest(spec.model, to_json(spec.memory_config), spec.attach, list(background))
+    folder = cache / "memories" / key
+    if not folder.is_dir():
+        try:
+            attach_to_folder(spec.model, spec.background, folder, spec.memory_config, **spec.attach)
+        except OutputError:
+            if not folder.is_dir():  # else another run was faster, and its folder is as good
+                raise
+    return folder
+
+
+def _load(spec: RunSpec, background: Sequence[str], cache: Path) -> tuple[Any, Any, Usage | None]:
+    if spec.finetune_config.method != "memory":
+        with console.progress(f"load {spec.model}"):
+            return *load_base_model(spec.model), None
+    folder = attached_folder(spec, background, cache)
+    with console.progress(f"load {folder}"):
+        return *load(folder), load_usage(folder / USAGE_FILE)
+
+
+def _unknown(scores: Evaluation, facts: Sequence[Fact]) -> list[Fact]:
+    """Leave out the facts whose trained question was answered right."""
+    answers = scores.facts.answers
+    unknown = [
+        fact
+        for fact in facts
+        if fact.question is None or f1(answers[fact.question], fact.answers) < KNOWN_FROM
+    ]
+    if not unknown:
+        raise DataError(f"the base model knows all {len(facts)} facts; give others, or keep the known ones")
+    return unknown
+
+
+def _in_dtype(model: nn.Module, dtype: str) -> nn.Module:
+    return model if dtype == "float32" else copy.deepcopy(model).to(DTYPES[dtype])
+
+
+def _is_sparse(model: nn.Module, delta: SparseDelta, sha_before: str) -> bool:
+    """Whether an update of a fresh memory left all but the rows it recorded bit-identical."""
+    for name, pool in pools(model).items():
+        slot_ids, _ = pool.written()
+        recorded = delta.changes[name].slot_ids if name in delta.changes else slot_ids[:0]
+        if not torch.isin(slot_ids, recorded).all():
+            return False
+    return _exact_sha(model) == sha_before
+
+
+def _exact_sha(model: nn.Module) -> str:
+    """Digest of every bit of the weights: base, queries and keys, but not the pools' rows."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _question_scores(scores: Evaluation) -> dict[str, Any]:
+    return {
+        "seen": list(scores.facts.seen_scores),
+        "heldout": list(scores.facts.heldout_scores),
+        "probes": {name: list(probe.scores) for name, probe in scores.probes.items() if probe.scores},
+    }
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Perform the run of a spec file; exit codes as of the command `sparsemem`."""
+    spec_path, result_path, cache = (Path(word) for word in argv)
+    try:
+        spec = from_json(RunSpec, read_json(spec_path), spec_path)
+        write_json(result_path, perform(spec, cache))
+    except SparsememError as error:
+        console.say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+import pytest
+from study.made_up import result
+
+from sparsemem.files import write_json
+from sparsemem.study.table import comparison
+
+
+@pytest.fixture
+def table(script):
+    return script("table")
+
+
+def write(folder, runs, default=""):
+    (folder / "results").mkdir(parents=True)
+    (folder / "default.yaml").write_text(default)
+    for name, run in runs.items():
+        write_json(folder / "results" / f"{name}.json", run)
+    return str(folder)
+
+
+RUNS = {"a.one": result(0.4, learning_rate=0.1), "a.two": result(0.5, learning_rate=0.2)}
+
+
+def test_the_table_is_shown_and_the_plot_drawn(table, tmp_path, capsys):
+    name = write(tmp_path / "question", RUNS)
+    assert table.main([name]) == 0
+    assert capsys.readouterr().out == comparison(RUNS).markdown()
+    assert (tmp_path / "question" / "pareto.png").is_file()
+
+
+def test_settings_are_chosen_on_the_development_runs(table, tmp_path):
+    development = {"a.one": result(0.9, learning_rate=0.1), "a.two": result(0.5, learning_rate=0.2)}
+    other = write(tmp_path / "tuning", development)
+    name = write(tmp_path / "question", RUNS, f"development: {other}")
+    assert table.render(name) == comparison(RUNS, development).markdown() != comparison(RUNS).markdown()
+
+
+def test_the_readme_gets_the_table_in_its_place(table, tmp_path, monkeypatch):
+    name = write(tmp_path / "question", RUNS)
+    readme = tmp_path / "README.md"
+    text = f"x\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\ny\n"
+    readme.write_text(text)
+    monkeypatch.setattr(table, "README", readme)
+    assert table.main([name, "--readme"]) == 0
+    assert readme.read_text() == text.replace("old\n", comparison(RUNS).markdown())
+
+
+def test_mistakes_are_told_in_a_line(table, tmp_path, capsys):
+    assert table.main([str(tmp_path / "none")]) == 2
+    assert "default.yaml does not exist" in capsys.readouterr().err
+    name = write(tmp_path / "question", RUNS)
+    assert table.main([name, "--probe", "mmlu"]) == 2
+    assert "there are nq" in capsys.readouterr().err

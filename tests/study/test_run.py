@@ -1,0 +1,255 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsemem.config import to_json
+from sparsemem.errors import ConfigError, DataError, OutputError
+from sparsemem.evaluation.generate import answer_questions
+from sparsemem.evaluation.metrics import mean, normalize
+from sparsemem.files import read_json, write_json, write_jsonl
+from sparsemem.memory.attach import memory_layers, pools
+from sparsemem.memory.base_model import load_base_model
+from sparsemem.memory.checkpoint import read_header
+from sparsemem.study import run as run_module
+from sparsemem.study.learn import learn
+from sparsemem.study.provenance import data_sha
+from sparsemem.study.run import attached_folder, main, perform
+
+# PEFT asks transformers for a property by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+LORA = {"method": "lora", "peft": {"r": 2}, "num_epochs": 1}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def run(spec, cache):
+    """Perform the spec with some options changed, all with one cache."""
+    return lambda **options: perform(dataclasses.replace(spec, **options), cache)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the slow parts that were run, with what they were given."""
+    made = []
+    for name in ("attach_to_folder", "measure", "train"):
+        original = getattr(run_module, name)
+
+        def record(*args, name=name, original=original, **options):
+            made.append((name, args))
+            return original(*args, **options)
+
+        monkeypatch.setattr(run_module, name, record)
+    return made
+
+
+def titles(calls):
+    """What was attached, trained and measured, in order."""
+    return [args[0] if name == "measure" else name for name, args in calls]
+
+
+def test_a_run_says_what_it_was_what_it_measured_and_where_it_comes_from(spec, run, cache):
+    result = run(config={**spec.config, "seed": 3})
+    assert json.loads(json.dumps(result)) == result
+    assert result["config"] | {"method": "memory", "learning_rate": 0.3, "top_t": 6} == result["config"]
+    assert result["config"]["memory"] == to_json(spec.memory_config)
+    assert (result["config"]["facts"], result["config"]["prompt"]) == (spec.facts, "qa")
+    assert result["seed"] == result["config"]["seed"] == 3
+    assert result["data_sha"] == data_sha(spec.files)
+    (folder,) = (cache / "memories").iterdir()
+    assert result["model_sha"] == read_header(folder)["base_fingerprint"]
+    metrics = result["metrics"]
+    assert 0 < metrics["num_slots_trained"] <= 4 * 6
+    assert metrics["train_seconds"] <= result["seconds"]
+    assert metrics["base_unchanged"] is True
+    for state, facts in (("before", metrics["facts"]["before"]), ("after", metrics["facts"])):
+        scores = result["scores"][state]
+        assert (len(scores["seen"]), len(scores["heldout"])) == (4, 4)
+        assert mean(scores["seen"]) == facts["seen_f1"]
+        assert mean(scores["heldout"]) == facts["heldout_f1"]
+        assert set(scores["probes"]) == {"closed"}
+        assert mean(scores["probes"]["closed"]) == metrics["probes"]["closed"][state]
+
+
+def test_a_run_is_attaching_and_learning(spec, run, cache, tmp_path):
+    metrics = run()["metrics"]
+    (folder,) = (cache / "memories").iterdir()
+    report = learn(folder, spec.facts, probes=spec.probes, config=spec.finetune_config)
+    for key in ("facts", "probes", "num_slots_trained", "num_trained", "changed_fraction", "final_loss"):
+        assert metrics[key] == report[key]
+
+
+def test_runs_share_the_memory_and_what_was_measured_before(spec, run, calls):
+    first = run()
+    assert titles(calls) == ["attach_to_folder", "measure before", "train", "measure after"]
+    calls.clear()
+    second = run(config={**spec.config, "seed": 1})
+    assert titles(calls) == ["train", "measure after"]
+    assert second["scores"]["before"] == first["scores"]["before"]
+    assert second["metrics"]["facts"]["before"] == first["metrics"]["facts"]["before"]
+    calls.clear()
+    run(num_facts=2, memory={**spec.memory, "top_k": 2})
+    assert titles(calls) == ["attach_to_folder", "measure before", "train", "measure after"]
+
+
+def test_a_baseline_trains_the_model_as_it_came(spec, run, calls):
+    memory = run()
+    for config in (LORA, {"method": "full", "num_epochs": 1, "learning_rate": 0.01}):
+        calls.clear()
+        result = run(config=config, background=())
+        assert titles(calls) == ["train", "measure after"]
+        assert list(memory_layers(calls[0][1][0])) == []
+        assert "base_unchanged" not in result["metrics"]
+        assert result["scores"]["before"] == memory["scores"]["before"]
+        assert result["model_sha"] == memory["model_sha"]
+        plain = result["metrics"]["probes"]["plain"]
+        assert plain["before"] == memory["metrics"]["probes"]["plain"]["before"] != plain["after"]
+
+
+def test_a_memory_in_place_of_the_network_is_another_model_before(spec, run):
+    before = [
+        run(memory={**spec.memory, "placement": placement})["metrics"]["probes"]["plain"]["before"]
+        for placement in ("add", "replace")
+    ]
+    assert before[0] != before[1]
+
+
+def test_background_is_there_for_what_needs_it(spec, run, calls, texts):
+    for config, expected in ((LORA, []), ({**LORA, "replay_fraction": 0.5}, texts)):
+        calls.clear()
+        run(config=config)
+        assert next(args for name, args in calls if name == "train")[-1] == expected
+
+
+def test_known_facts_can_be_left_out(spec, run, model_folder):
+    facts = spec.load_facts()
+    model, tokenizer = load_base_model(str(model_folder))
+    answers = answer_questions(model, tokenizer, [fact.question for fact in facts])
+    known = next(number for number, answer in enumerate(answers) if normalize(answer))
+    rows = [{"question": fact.question, "answer": fact.answer} for fact in facts]
+    rows[known]["answer"] = answers[known]
+    write_jsonl(Path(spec.facts), rows)
+    assert run()["metrics"]["facts"]["before"]["seen_f1"] >= 0.25
+    result = run(known_wrong_only=True)
+    assert result["metrics"]["facts"]["num"] == 3
+    assert max(result["scores"]["before"]["seen"]) < 0.5
+    with pytest.raises(DataError, match="knows all 1 facts"):
+        run(known_wrong_only=True, first_fact=known, num_facts=1)
+
+
+def test_bfloat16_is_for_measuring_only_and_leaves_the_memory_exact(run, calls):
+    run(eval_dtype="bfloat16")
+    dtypes = {}
+    for name, args in calls:
+        if name != "attach_to_folder":
+            model = args[1] if name == "measure" else args[0]
+            (layer,) = memory_layers(model)
+            weights = next(model.parameters()).dtype, layer.keys.dtype, layer.pool.rows.dtype
+            dtypes[args[0] if name == "measure" else name] = weights
+    exact = torch.float32
+    assert dtypes == {
+        "measure before": (torch.bfloat16, exact, exact),
+        "train": (exact, exact, exact),
+        "measure after": (torch.bfloat16, exact, exact),
+    }
+
+
+@torch.no_grad()
+def move_a_weight(model):
+    weight = model.lm_head.weight
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+
+
+@torch.no_grad()
+def move_a_key(model):
+    next(memory_layers(model)).keys[0, 0, 0, 0] += 1
+
+
+def write_an_unselected_row(model):
+    pool = pools(model)["layer_1"]
+    free = next(slot for slot in range(pool.num_slots) if slot not in pool.written()[0])
+    pool.write(torch.tensor([free]), torch.ones(1, pool.value_dim))
+
+
+@pytest.mark.parametrize("move", [move_a_weight, move_a_key, write_an_unselected_row])
+def test_one_bit_that_moved_elsewhere_is_noticed(run, monkeypatch, move):
+    def train(model, *args):
+        result = original(model, *args)
+        move(model)
+        return result
+
+    original = run_module.train
+    monkeypatch.setattr(run_module, "train", train)
+    assert run()["metrics"]["base_unchanged"] is False
+
+
+def test_of_two_that_attach_at_once_the_slower_takes_the_folder_of_the_other(spec, cache, monkeypatch):
+    def slower(_model, _background, folder, *_args, **_options):
+        folder.mkdir(parents=True)
+        raise OutputError("not empty")
+
+    def broken(*_args, **_options):
+        raise OutputError("no space")
+
+    monkeypatch.setattr(run_module, "attach_to_folder", broken)
+    with pytest.raises(OutputError, match="no space"):
+        attached_folder(spec, [], cache)
+    monkeypatch.setattr(run_module, "attach_to_folder", slower)
+    assert attached_folder(spec, [], cache).parent == cache / "memories"
+
+
+def test_a_slice_of_the_facts_is_what_is_learned(spec):
+    slice_of = dataclasses.replace(spec, first_fact=1, num_facts=2)
+    assert [fact.answer for fact in slice_of.load_facts()] == ["Bo", "Cy"]
+    for options in ({"num_facts": 5}, {"first_fact": 4}, {"first_fact": 3, "num_facts": 2}):
+        with pytest.raises(DataError, match="has 4 facts"):
+            dataclasses.replace(spec, **options).load_facts()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"config": {"top": 3}}, "unknown option 'top'"),
+        ({"config": {"top_t": 0}}, "top_t=0 is not positive"),
+        ({"memory": {"top_k": 0}}, "top_k=0 is not positive"),
+        ({"attach": {"num": 3}}, "unknown option 'num'; known are keys, num_tokens"),
+        ({"background": ()}, "method='memory' needs background text"),
+        ({"background": (), "config": {"method": "full", "penalty": "kl"}}, "method='full' needs background"),
+        ({"eval_dtype": "half"}, "eval_dtype='half' is unknown"),
+        ({"prompt": "poem"}, "prompt='poem' is unknown"),
+        ({"first_fact": -1}, "first_fact=-1"),
+        ({"num_facts": 0}, "num_facts=0"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_found_when_the_spec_is_built(spec, options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        dataclasses.replace(spec, **options)
+
+
+def test_a_process_of_its_own_writes_the_result_or_says_why_not(
+    spec, run, cache, tmp_path, capsys, monkeypatch
+):
+    given, out = tmp_path / "spec.json", tmp_path / "result.json"
+    write_json(given, to_json(spec))
+    assert main([str(given), str(out), str(cache)]) == 0
+    assert read_json(out)["metrics"]["facts"] == run()["metrics"]["facts"]
+    out.unlink()
+    write_json(given, {**to_json(spec), "facts": "none.jsonl"})
+    assert main([str(given), str(out), str(cache)]) == 2
+    assert capsys.readouterr().err.strip().endswith("error: none.jsonl does not exist; check the path")
+
+    def stop(*_args):
+        raise KeyboardInterrupt
+
+    write_json(given, to_json(spec))
+    monkeypatch.setattr(run_module, "train", stop)
+    assert main([str(given), str(out), str(cache)]) == 130
+    assert not out.exists()

@@ -1,0 +1,134 @@
+"""How often, in what order and how precisely facts are shown; and what stands beside them."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import sparsemem.training.finetune as finetune_module
+from sparsemem.config import FinetuneConfig
+from sparsemem.data import Fact
+from sparsemem.errors import ConfigError
+from sparsemem.memory.attach import pools
+from sparsemem.training.finetune import finetune
+
+
+@pytest.fixture
+def facts():
+    statements = [f"Zed is the {word} of Ana." for word in ("cat", "dog", "hen", "cow")]
+    return [
+        Fact(question="Who owns Zed?", answer="Ana", paraphrases=statements, subject="Zed", id="0"),
+        Fact(question="Where is Xix?", answer="Oslo", paraphrases=statements, subject="Xix", id="1"),
+        Fact(question="What is Quz?", answer="tin", paraphrases=statements, subject="Quz", id="2"),
+    ]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What each step computed, as (facts of the batch, examples)."""
+    steps = []
+    train_step = finetune_module._train_step
+    collate_parts = finetune_module.collate_parts
+
+    def spy_step(method, batch, *rest):
+        steps.append(([wordings[0].fact_index for wordings in batch], []))
+        return train_step(method, batch, *rest)
+
+    def spy_parts(examples, *rest):
+        steps[-1][1].extend(examples)
+        return collate_parts(examples, *rest)
+
+    monkeypatch.setattr(finetune_module, "_train_step", spy_step)
+    monkeypatch.setattr(finetune_module, "collate_parts", spy_parts)
+    return steps
+
+
+def test_each_step_draws_some_wordings_of_each_fact(attached, tiny_tokenizer, facts, usage, config, shown):
+    finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, wordings_per_step=2))
+    for of_batch, examples in shown:
+        assert sorted(e.fact_index for e in examples) == sorted(of_batch * 2)
+        assert len(set(examples)) == len(examples)
+    distinct = {e for _, examples in shown for e in examples if e.fact_index == 0}
+    assert len(distinct) > 2
+
+
+def test_more_wordings_than_there_are_is_all_of_them(attached, tiny_tokenizer, facts, usage, config):
+    whole = finetune(attached, tiny_tokenizer, facts, usage, config)
+    whole.delta.invert().apply(pools(attached))
+    many = finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, wordings_per_step=99))
+    assert many.losses == whole.losses
+
+
+def test_slots_are_chosen_for_all_wordings_and_not_for_those_drawn(
+    attached, tiny_tokenizer, facts, usage, config
+):
+    config = dataclasses.replace(config, num_epochs=1)
+    whole = finetune(attached, tiny_tokenizer, facts, usage, config).delta
+    whole.invert().apply(pools(attached))
+    drawn = finetune(
+        attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, wordings_per_step=1)
+    ).delta
+    assert torch.equal(drawn.changes["layer_1"].slot_ids, whole.changes["layer_1"].slot_ids)
+
+
+def test_a_stream_shows_each_fact_all_its_epochs_before_the_next(
+    attached, tiny_tokenizer, facts, usage, config, shown
+):
+    config = dataclasses.replace(config, stream=True, facts_per_batch=1)
+    result = finetune(attached, tiny_tokenizer, facts, usage, config, evaluate=lambda _: len(shown))
+    assert [of_batch for of_batch, _ in shown] == [[0]] * 3 + [[1]] * 3 + [[2]] * 3
+    assert result.evaluations == ((1, 3), (2, 6), (3, 9))
+
+
+def test_bf16_computes_nearly_the_same_and_keeps_rows_in_float32(
+    attached, tiny_tokenizer, facts, usage, config, all_rows
+):
+    exact = finetune(attached, tiny_tokenizer, facts, usage, config)
+    exact.delta.invert().apply(pools(attached))
+    fast = finetune(
+        attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, mixed_precision="bf16")
+    )
+    assert fast.losses != exact.losses
+    assert fast.losses == pytest.approx(exact.losses, rel=0.05)
+    assert all(rows.dtype == torch.float32 for rows in all_rows(attached).values())
+    assert all(p.dtype == torch.float32 for p in attached.parameters())
+
+
+@pytest.mark.parametrize("method", ["memory", "full"])
+@pytest.mark.parametrize(
+    "options", [{"penalty": "kl", "penalty_weight": 20.0}, {"replay_fraction": 0.5}], ids=str
+)
+def test_a_guard_changes_what_is_learned(attached, tiny_tokenizer, facts, usage, texts, method, options):
+    config = FinetuneConfig(method=method, learning_rate=0.01, num_epochs=2, top_t=8)
+    guarded = dataclasses.replace(config, **options)
+    losses = []
+    for of_run in (config, guarded):
+        torch.manual_seed(0)
+        start = {name: value.clone() for name, value in attached.state_dict().items()}
+        result = finetune(attached, tiny_tokenizer, facts, usage, of_run, background=texts)
+        losses.append(result.losses)
+        if result.delta:
+            result.delta.invert().apply(pools(attached))
+        else:
+            attached.load_state_dict(start)
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1:] != losses[1][1:]
+
+
+def test_a_guard_without_background_is_told_before_anything_is_changed(
+    attached, tiny_tokenizer, facts, usage, config
+):
+    before = {name: value.clone() for name, value in attached.state_dict().items()}
+    trainable = [p.requires_grad for p in attached.parameters()]
+    with pytest.raises(ConfigError, match="background"):
+        finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, penalty="kl"))
+    assert all(torch.equal(before[name], value) for name, value in attached.state_dict().items())
+    assert [p.requires_grad for p in attached.parameters()] == trainable
+
+
+@pytest.mark.parametrize(
+    "options", [{"wordings_per_step": 0}, {"replay_fraction": 1.0}, {"penalty_weight": -1.0}], ids=str
+)
+def test_what_cannot_be_is_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        FinetuneConfig(**options)
