@@ -285,6 +285,20 @@ def untokenised(text: str) -> str:
     return text.strip()
 
 
+def background(wiki: Rows, questions: Rows, commonsense: Rows, speeches: Rows) -> Rows:
+    """Mix an encyclopedia with everyday questions and with prose.
+
+    A background of one kind makes the words of all others look rare: that of Wikipedia leads alone
+    takes "half", "per" and "costs" for names.
+    """
+    asked = [
+        {"text": f"{row['question']} {row['answer'].partition('. ')[2]}"} for row in (*questions, *commonsense)
+    ]
+    spoken = [{"text": piece} for row in speeches for piece in split_text(row["text"], 1000)]
+    drawn = [*texts(sample(wiki, 1200)), *sample(asked, 500), *sample(spoken, 300)]
+    return sample(drawn, len(drawn))
+
+
 TRIVIA, FACTS = "triviaqa/triviaqa_open_test.jsonl", "triviaqa/facts_200.jsonl"
 P2D, P2D_TEST = "reversal_curse/p2d_prompts_train.jsonl", "reversal_curse/p2d_prompts_test.jsonl"
 D2P, D2P_TEST = "reversal_curse/d2p_prompts_train.jsonl", "reversal_curse/d2p_prompts_test.jsonl"
@@ -317,7 +331,13 @@ OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
     "wikitext": (wikitext, "wikitext2/wikitext-2_test.txt"),
     "heldout_wiki": (lambda rows: texts(sample(rows, 60, skip=2000)), WIKI),
     # To count background usage.
-    "background": (lambda rows: texts(sample(rows, 2000)), WIKI),
+    "background": (
+        background,
+        WIKI,
+        "multiple_choice/piqa_validation.jsonl",
+        "multiple_choice/commonsenseqa_validation.jsonl",
+        "text/stdlib_state_of_the_union_1900-2021.txt",
+    ),
 }
 """Name of each file, how it is made, and of which files."""
 

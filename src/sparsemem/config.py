@@ -68,14 +68,14 @@ class FinetuneConfig:
 
     method: str = "memory"
     """What may move: "memory", "full", or a PEFT type by its name ("lora", "ia3", ...)."""
-    top_t: int = 200
+    top_t: int = 64
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
     max_document_frequency: float = 0.02
     """Slots that a larger share of the background's documents reads are never trained."""
-    anchor: Literal["subject_end", "subject", "all"] = "subject_end"
-    """Rank the slots read at the last token of the subject, at all its tokens, or (the paper) anywhere."""
+    anchor: Literal["subject", "subject_end", "all"] = "subject"
+    """Rank the slots read at the tokens of the subject, at the last of them, or (the paper) at all."""
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None

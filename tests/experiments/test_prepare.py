@@ -63,6 +63,8 @@ def raw_rows():
         "HumanEval.jsonl": [{"prompt": "def f():\n"}],
         "mmlu_test2850.jsonl": choices,
         "medmcqa_validation.jsonl": choices,
+        "piqa_validation.jsonl": choices,
+        "commonsenseqa_validation.jsonl": choices,
         "wiki_vital_summaries.jsonl": [{"text": f"Article {i}.", "topic": "Arts"} for i in range(2003)],
         "current_events_2024-07_to_2026-03.jsonl": [
             {"text": "Rain fell.", "date": "2025-06-30"},

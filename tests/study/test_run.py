@@ -125,7 +125,7 @@ def test_background_is_there_for_what_needs_it(spec, run, calls, texts):
     for config, expected in ((LORA, []), ({**LORA, "replay_fraction": 0.5}, texts)):
         calls.clear()
         run(config=config)
-        assert next(args for name, args in calls if name == "train")[-1] == expected
+        assert next(args for name, args in calls if name == "train")[5] == expected
 
 
 def test_known_facts_can_be_left_out(spec, run, model_folder):
@@ -253,3 +253,31 @@ def test_a_process_of_its_own_writes_the_result_or_says_why_not(
     monkeypatch.setattr(run_module, "train", stop)
     assert main([str(given), str(out), str(cache)]) == 130
     assert not out.exists()
+
+
+def test_a_stream_is_asked_right_after_each_fact_and_at_the_end(run):
+    metrics = run(config={"stream": True, "learning_rate": 1.0, "num_epochs": 4})["metrics"]["stream"]
+    assert metrics["all"] == metrics["first_100"]
+    assert metrics["all"]["num"] == 4
+    assert 0 <= metrics["all"]["at_end"] <= 1
+    assert 0 <= metrics["all"]["right_after"] <= 1
+    assert "stream" not in run(config={"num_epochs": 1})["metrics"]
+
+
+def test_recall_in_a_stream_is_that_of_the_model_it_is_given(spec, monkeypatch):
+    answers = iter(["Ana", "nobody", "Bo", "Cy", "nobody", "nobody", "Cy", "nobody"])
+    asked = []
+
+    def answer(model, _tokenizer, questions, **_options):
+        asked.append((model, list(questions)))
+        return [next(answers) for _ in questions]
+
+    monkeypatch.setattr(run_module, "answer_questions", answer)
+    stream = run_module._Stream(None, spec.load_facts(), spec)
+    for step in ("a", "b", "c", "d"):
+        stream.ask(step)
+    assert asked == [
+        ("a", ["Whose is Zed?"]), ("b", ["Whose is Quz?"]), ("c", ["Whose is Rax?"]), ("d", ["Whose is Wim?"])
+    ]  # fmt: skip
+    assert stream.right_after == [1.0, 0.0, 0.0, 0.0]
+    assert stream.kept("end")["all"] == {"num": 4, "right_after": 0.25, "at_end": 0.25}

@@ -27,6 +27,9 @@ def add_learn(commands: Any) -> None:
     parser.add_argument("-m", "--message", default="", metavar="TEXT", help="what this update is")
     parser.add_argument("--undo", action="store_true", help="take the last update back, exactly")
     parser.add_argument("--out", metavar="DIR", help="save the model or adapter of a baseline method")
+    parser.add_argument(
+        "--background", nargs="+", default=[], metavar="TEXT", help="ordinary text, for penalties and replay"
+    )
     add_probes(parser)
     add_prompt(parser)
     add_config_options(parser, FinetuneConfig, "training")
@@ -46,6 +49,7 @@ def learn(args: argparse.Namespace) -> None:
         args.facts,
         probes=args.probes,
         config=config,
+        background=args.background,
         message=args.message,
         prompt=args.prompt,
         out=args.out,

@@ -29,7 +29,8 @@ def select_slots(
         ranking: Score of a slot, one of `RANKINGS`.
         top_t: Slots per group; fewer where fewer are read or score above zero.
         max_document_frequency: Leave out slots that a larger share of the background's documents
-            reads, 0 to 1. The paper has no such limit: it relies on the ranking alone.
+            reads, 0 to 1; a group that reads no others keeps them. The paper has no such limit: it
+            relies on the ranking alone.
 
     Returns:
         Distinct slot ids of all groups, ascending.
@@ -42,7 +43,8 @@ def select_slots(
         background = usage.take(candidates)
         scores = ranking(reads, background)
         common = background.document_frequency > max_document_frequency * usage.num_documents
-        scores = scores.masked_fill(common.to(scores.device), 0.0)
+        if not common.all():
+            scores = scores.masked_fill(common.to(scores.device), 0.0)
         # A stable sort of ascending ids: equal scores fall the same way on every machine.
         best = scores.argsort(descending=True, stable=True)[:top_t]
         chosen.append(candidates[best[scores[best] > 0]])

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsemem import console
 from sparsemem.config import FinetuneConfig
-from sparsemem.data import Fact, load_facts
+from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import Evaluation, compare, evaluate, fact_values
 from sparsemem.evaluation.probes import Probe, load_probe, load_probes
@@ -33,6 +33,7 @@ def learn(
     *,
     probes: Sequence[str] | None = None,
     config: FinetuneConfig | None = None,
+    background: Sequence[str] = (),
     message: str = "",
     prompt: PromptFormat = "qa",
     out: str | Path | None = None,
@@ -46,6 +47,7 @@ def learn(
             general knowledge, and nothing if the sequence is empty.
         config: How to train. method="memory" commits a delta to the folder; the others are
             baselines, which leave the folder as it is.
+        background: Sources of ordinary text, for `penalty` and `replay_fraction`.
         message: What this update is.
         prompt: How questions are asked.
         out: Folder to save a baseline's model or adapter to.
@@ -62,6 +64,7 @@ def learn(
     if not fact_list:
         raise DataError("there are no facts; give at least one")
     probe_list = resolve_probes(probes)
+    texts = [text for source in background for text in load_texts(source)]
     usage = load_usage(folder / USAGE_FILE)
     with console.progress(f"load {folder}"):
         num_updates = len(delta_paths(folder))
@@ -70,7 +73,7 @@ def learn(
         num_base = num_base_values(model)
     before = measure("measure before", model, tokenizer, fact_list, probe_list, prompt)
     started = time.perf_counter()
-    result = train(model, tokenizer, fact_list, usage, config)
+    result = train(model, tokenizer, fact_list, usage, config, texts)
     seconds = time.perf_counter() - started
     after = measure("measure after", result.model, tokenizer, fact_list, probe_list, prompt)
     report = {
@@ -196,6 +199,7 @@ def train(
     usage: Usage | None,
     config: FinetuneConfig,
     background: Sequence[str] = (),
+    evaluate: Callable[[nn.Module], Any] | None = None,
 ) -> FinetuneResult:
     """Run `finetune` behind a progress bar."""
     with console.progress(f"learn {len(facts)} facts") as step:
@@ -206,6 +210,7 @@ def train(
             usage,
             config,
             background=background,
+            evaluate=evaluate,
             on_step=lambda done, total, loss: step(done, total, f"loss {loss:.3f}"),
         )
 

@@ -22,7 +22,8 @@ from sparsemem.config import FinetuneConfig, MemoryConfig, from_json, to_json
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError, SparsememError
 from sparsemem.evaluation.evaluate import Evaluation, FactScores
-from sparsemem.evaluation.metrics import f1
+from sparsemem.evaluation.generate import answer_questions
+from sparsemem.evaluation.metrics import f1, mean
 from sparsemem.evaluation.probes import Probe, ProbeScore, load_probes
 from sparsemem.files import read_json, write_json
 from sparsemem.memory.attach import memory_layers, pools
@@ -173,12 +174,14 @@ def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
     before = base_scores(model, tokenizer, facts, probes, spec, cache)
     num_base, model_sha = num_base_values(model), fingerprint(base_weights(model))
     exact_sha = _exact_sha(model)
-    result = train(model, tokenizer, facts, usage, config, background)
+    stream = _Stream(tokenizer, facts, spec) if config.stream else None
+    result = train(model, tokenizer, facts, usage, config, background, stream.ask if stream else None)
     trained = _in_dtype(result.model, spec.eval_dtype)
     after = measure("measure after", trained, tokenizer, facts, probes, spec.prompt)
     values = {
         **metrics(before, after, result, num_base),
         "train_seconds": round(result.seconds, 1),
+        **({"stream": stream.kept(result.model)} if stream else {}),
         **({"base_unchanged": _is_sparse(model, result.delta, exact_sha)} if result.delta else {}),
     }
     return {
@@ -189,6 +192,49 @@ def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         **provenance(model_sha=model_sha, data=spec.files),
     }
+
+
+class _Stream:
+    """Recall of each fact right after it was learned, and when all of them were."""
+
+    def __init__(self, tokenizer: Any, facts: Sequence[Fact], spec: RunSpec) -> None:
+        self.tokenizer, self.facts, self.prompt = tokenizer, facts, spec.prompt
+        self.size = spec.finetune_config.facts_per_batch
+        self.right_after: list[float] = []
+
+    def ask(self, model: nn.Module) -> None:
+        """Ask for the facts that were just learned."""
+        start = len(self.right_after)
+        self.right_after += self._scores(model, self.facts[start : start + self.size])
+
+    def kept(self, model: nn.Module) -> dict[str, Any]:
+        """Compare with what is known now, in all facts and in the first 100."""
+        at_end = self._scores(model, self.facts)
+        parts = {"all": slice(None), "first_100": slice(100)}
+        return {
+            name: {
+                "num": len(at_end[part]),
+                "right_after": mean(self.right_after[part]),
+                "at_end": mean(at_end[part]),
+            }
+            for name, part in parts.items()
+        }
+
+    def _scores(self, model: nn.Module, facts: Sequence[Fact]) -> list[float]:
+        """Mean F1 of each fact over its held-out questions, or its trained ones where it has no others."""
+        asked = [fact.heldout_questions or fact.questions for fact in facts]
+        questions = [question for of_fact in asked for question in of_fact]
+        answers = dict(
+            zip(
+                questions,
+                answer_questions(model, self.tokenizer, questions, prompt=self.prompt),
+                strict=True,
+            )
+        )
+        return [
+            mean([f1(answers[question], fact.answers) for question in of_fact])
+            for fact, of_fact in zip(facts, asked, strict=True)
+        ]
 
 
 def base_scores(

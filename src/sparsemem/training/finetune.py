@@ -22,6 +22,7 @@ from sparsemem.training.examples import Example, FactBatch, collate_parts, encod
 from sparsemem.training.methods import DenseWeights, SparseMemory
 from sparsemem.training.paraphrase import with_own_paraphrases, wordings
 from sparsemem.training.penalties import Guards, build_guards
+from sparsemem.training.precision import MixedPrecision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +90,12 @@ def finetune(
     seconds = 0.0
     try:
         guards = build_guards(method.model, tokenizer, method.trained, background, config)
+        precision = MixedPrecision(method.model, config.mixed_precision)
         schedule = _schedule(config.lr_scheduler, method.optimizer, num_steps)
         for number, batches in enumerate(_rounds(by_fact, config, rng), 1):
             started = time.perf_counter()
             for batch in batches:
-                losses.append(_train_step(method, batch, guards, config, rng))
+                losses.append(_train_step(method, batch, guards, precision, config, rng))
                 if not math.isfinite(losses[-1]):
                     raise TrainingDivergedError(
                         f"the loss is {losses[-1]} at step {len(losses)}, nothing was learned; "
@@ -127,6 +129,7 @@ def _train_step(
     method: SparseMemory | DenseWeights,
     batch: FactBatch,
     guards: Guards,
+    precision: MixedPrecision,
     config: FinetuneConfig,
     rng: random.Random,
 ) -> float:
@@ -138,12 +141,10 @@ def _train_step(
     total = 0.0
     with method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
         for part in parts:
-            with (
-                method.part(part),
-                torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"),
-            ):
-                loss = -label_log_probs(method.model, *part.model_inputs).sum() / num_labels
-            (guards.fact_weight * loss).backward()
+            with method.part(part), precision.step():
+                with precision.forward():
+                    loss = -label_log_probs(method.model, *part.model_inputs).sum() / num_labels
+                (guards.fact_weight * loss).backward()
             total += loss.item()
     guards.add_gradients(len(drawn))
     return total

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from sparsemem.memory.attach import memory_layers
+from sparsemem.training.precision import MixedPrecision
+
+
+def test_frozen_weights_are_bfloat16_within_a_step_and_exact_after_it(attached):
+    attached.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in attached.named_parameters()}
+    precision = MixedPrecision(attached, "bf16")
+    with precision.step():
+        dtypes = {name: p.dtype for name, p in attached.named_parameters()}
+    assert dtypes["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    assert dtypes["model.embed_tokens.weight"] == torch.float32
+    memory = [name for name in dtypes if ".memory." in name]
+    assert memory
+    assert all(dtypes[name] == torch.float32 for name in memory)
+    for name, p in attached.named_parameters():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, before[name])
+
+
+def test_weights_are_exact_again_after_an_error(attached):
+    attached.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="inside"), MixedPrecision(attached, "bf16").step():
+        raise RuntimeError("inside")
+    assert {p.dtype for p in attached.parameters()} == {torch.float32}
+
+
+def test_what_is_trained_is_left_alone(tiny_model):
+    assert MixedPrecision(tiny_model, "bf16").frozen == []
+
+
+def test_no_mixed_precision_changes_nothing(attached):
+    attached.requires_grad_(False)
+    precision = MixedPrecision(attached, "no")
+    with precision.step(), precision.forward():
+        assert not torch.is_autocast_enabled("cpu")
+        assert {p.dtype for p in attached.parameters()} == {torch.float32}
+    assert next(memory_layers(attached)).keys.dtype == torch.float32
+
+
+def test_a_pass_computes_what_autocast_alone_computes(attached):
+    attached.requires_grad_(False)
+    input_ids = torch.randint(0, attached.config.vocab_size, (2, 9))
+    precision = MixedPrecision(attached, "bf16")
+    with torch.no_grad():
+        with precision.forward():
+            plain = attached(input_ids).logits
+        with precision.step(), precision.forward():
+            kept = attached(input_ids).logits
+    assert torch.equal(plain, kept)
