@@ -292,7 +292,8 @@ def background(wiki: Rows, questions: Rows, commonsense: Rows, speeches: Rows) -
     takes "half", "per" and "costs" for names.
     """
     asked = [
-        {"text": f"{row['question']} {row['answer'].partition('. ')[2]}"} for row in (*questions, *commonsense)
+        {"text": f"{row['question']} {row['answer'].partition('. ')[2]}"}
+        for row in (*questions, *commonsense)
     ]
     spoken = [{"text": piece} for row in speeches for piece in split_text(row["text"], 1000)]
     drawn = [*texts(sample(wiki, 1200)), *sample(asked, 500), *sample(spoken, 300)]

@@ -74,8 +74,8 @@ class FinetuneConfig:
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
     max_document_frequency: float = 0.02
     """Slots that a larger share of the background's documents reads are never trained."""
-    anchor: Literal["subject", "subject_end", "all"] = "subject"
-    """Rank the slots read at the tokens of the subject, at the last of them, or (the paper) at all."""
+    anchor: Literal["subject", "subject_tail", "subject_end", "all"] = "subject_tail"
+    """Rank the slots read at the subject (all its tokens, all but the first, the last), or anywhere."""
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None

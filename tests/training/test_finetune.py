@@ -15,6 +15,7 @@ from sparsemem.memory.delta import SparseDelta
 from sparsemem.slots.usage import count_usage
 from sparsemem.training.examples import collate
 from sparsemem.training.finetune import build_examples, finetune
+from sparsemem.training.methods import ANCHORS
 
 from .conftest import USAGE_OPTIONS
 
@@ -153,19 +154,25 @@ def slots_read(model, tokenizer, facts, usage, config):
     read = {}
 
     def keep(_layer, reads):
-        ends = batch.is_subject.clone()
-        ends[:, :-1] &= ~batch.is_subject[:, 1:]
-        for anchor, counts in (("subject_end", ends), ("subject", batch.is_subject)):
-            read[anchor] = set(reads.slot_ids[counts].flatten().tolist())
+        for anchor, counts in ANCHORS.items():
+            read[anchor] = set(reads.slot_ids[counts(batch.is_subject)].flatten().tolist())
         read["all"] = set(reads.slot_ids[batch.attention_mask.bool()].flatten().tolist())
 
     with before_read(model, keep), torch.no_grad():
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    assert read["subject_end"] < read["subject"] < read["all"]
+    assert read["subject_end"] <= read["subject_tail"] <= read["subject"] < read["all"]
     return read
 
 
-@pytest.mark.parametrize("anchor", ["subject_end", "subject", "all"])
+def test_anchors_are_parts_of_each_span():
+    marks = torch.tensor([[0, 1, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0, 1]]).bool()
+    kept = {name: anchor(marks).int().tolist() for name, anchor in ANCHORS.items()}
+    assert kept["subject"] == marks.int().tolist()
+    assert kept["subject_tail"] == [[0, 0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0, 1]]
+    assert kept["subject_end"] == [[0, 0, 0, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("anchor", [*ANCHORS, "all"])
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_the_anchor_decides_which_tokens_choose_slots(
     attached, tiny_tokenizer, facts, usage, config, anchor, num_parts

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,28 @@ from sparsemem.slots.usage import Usage
 from sparsemem.training.examples import Batch, FactBatch, collate_parts
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import PrefixCache
+
+
+def _ends(marks: Tensor) -> Tensor:
+    """Keep the last token of each marked span, shape (examples, tokens)."""
+    return marks & ~nn.functional.pad(marks[:, 1:], (0, 1))
+
+
+def _tails(marks: Tensor) -> Tensor:
+    """Keep all but the first token of each marked span; the only one of a span of one.
+
+    What a name will be is not known yet at its first token, which therefore reads what any other word
+    that begins like it reads.
+    """
+    return (marks & nn.functional.pad(marks[:, :-1], (1, 0))) | _ends(marks)
+
+
+ANCHORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "subject": lambda marks: marks,
+    "subject_tail": _tails,
+    "subject_end": _ends,
+}
+"""Which of the subject's tokens choose slots."""
 
 
 class SparseMemory:
@@ -114,14 +136,12 @@ class SparseMemory:
     def _countable(self, batch: Batch, reads: Reads) -> tuple[Tensor, Tensor, Tensor]:
         """Return the slots read where it counts, the weight of each read, and its fact.
 
-        Padding never counts; where the selection is anchored only the subject's tokens do, or the
-        last one of each mention, unless a fact has none anywhere in its wordings.
+        Padding never counts; where the selection is anchored only tokens of the subject do, unless a
+        fact has none anywhere in its wordings.
         """
         counts = batch.attention_mask.bool()
         if self.config.anchor != "all":
-            marks = batch.is_subject
-            if self.config.anchor == "subject_end":
-                marks = marks & ~nn.functional.pad(marks[:, 1:], (0, 1))
+            marks = ANCHORS[self.config.anchor](batch.is_subject)
             anchored = {e.fact_index for e in batch.examples if any(e.is_subject)}
             has_subject = torch.tensor(
                 [e.fact_index in anchored for e in batch.examples], device=counts.device
