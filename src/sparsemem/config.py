@@ -88,14 +88,14 @@ class FinetuneConfig:
     """Momentum of "sgd"."""
     weight_decay: float = 0.0
     """Weight decay of either optimizer."""
-    num_epochs: int = 6
+    num_epochs: int = 12
     """Passes over the facts."""
-    facts_per_batch: int = 1
+    facts_per_batch: int = 8
     """Facts per optimizer step, each with all its wordings."""
     stream: bool = False
     """Facts one after another: all epochs of a fact before the next, none seen again."""
-    wordings_per_step: int | None = None
-    """Wordings of each fact in one step, drawn anew each time; all of them if not given."""
+    wordings_per_step: int = 4
+    """Wordings of each fact in one step, drawn anew each time; all of them where there are no more."""
     gradient_accumulation_steps: int = 1
     """Parts a batch is computed in; slots are chosen for the whole batch."""
     num_contexts: int = 1
@@ -123,13 +123,12 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        counts = ("top_t", "num_epochs", "facts_per_batch", "gradient_accumulation_steps", "num_contexts")
-        _check_positive(self, *counts, "max_length", "max_document_frequency")
+        counts = ("top_t", "num_epochs", "facts_per_batch", "wordings_per_step", "num_contexts")
+        _check_positive(self, *counts, "gradient_accumulation_steps", "max_length", "max_document_frequency")
         if not 0 <= self.num_own_paraphrases <= 4:
             raise ConfigError(f"num_own_paraphrases={self.num_own_paraphrases} is not within 0 to 4")
-        for name in ("learning_rate", "wordings_per_step"):
-            if getattr(self, name) is not None:
-                _check_positive(self, name)
+        if self.learning_rate is not None:
+            _check_positive(self, "learning_rate")
         if not 0 <= self.replay_fraction < 1:
             raise ConfigError(f"replay_fraction={self.replay_fraction} is not a share; use 0 to below 1")
         if not self.penalty_weight >= 0:

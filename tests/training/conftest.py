@@ -29,7 +29,9 @@ def facts():
 
 @pytest.fixture
 def config():
-    return FinetuneConfig(num_epochs=3, top_t=8, learning_rate=0.05, facts_per_batch=2, max_length=128)
+    return FinetuneConfig(
+        num_epochs=3, top_t=8, learning_rate=0.05, facts_per_batch=2, wordings_per_step=99, max_length=128
+    )
 
 
 @pytest.fixture

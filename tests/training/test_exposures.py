@@ -52,13 +52,6 @@ def test_each_step_draws_some_wordings_of_each_fact(attached, tiny_tokenizer, fa
     assert len(distinct) > 2
 
 
-def test_more_wordings_than_there_are_is_all_of_them(attached, tiny_tokenizer, facts, usage, config):
-    whole = finetune(attached, tiny_tokenizer, facts, usage, config)
-    whole.delta.invert().apply(pools(attached))
-    many = finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, wordings_per_step=99))
-    assert many.losses == whole.losses
-
-
 def test_slots_are_chosen_for_all_wordings_and_not_for_those_drawn(
     attached, tiny_tokenizer, facts, usage, config
 ):

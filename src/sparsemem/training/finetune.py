@@ -150,12 +150,12 @@ def _train_step(
     return total
 
 
-def _draw(batch: FactBatch, num: int | None, rng: random.Random) -> list[Example]:
-    """Draw `num` wordings of each fact, or take all of them."""
+def _draw(batch: FactBatch, num: int, rng: random.Random) -> list[Example]:
+    """Draw `num` wordings of each fact; all where it has no more."""
     return [
         example
         for wordings in batch
-        for example in (wordings if num is None or num >= len(wordings) else rng.sample(wordings, num))
+        for example in (wordings if num >= len(wordings) else rng.sample(wordings, num))
     ]
 
 

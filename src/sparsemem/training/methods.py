@@ -16,7 +16,7 @@ from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Batch, FactBatch, collate_parts
+from sparsemem.training.examples import Batch, Example, FactBatch, collate_parts
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import PrefixCache
 
@@ -63,7 +63,7 @@ class SparseMemory:
         self.shares_pools = len(self.pools) < num_layers
         # With one memory layer everything below the reads is frozen, so a batch always reads the same.
         self.reads_are_fixed = num_layers == 1
-        self.selections: dict[FactBatch, dict[str, Tensor]] = {}
+        self.selections: dict[tuple[Example, ...], dict[str, Tensor]] = {}
         self.frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
@@ -86,12 +86,10 @@ class SparseMemory:
         too, the reads are collected before, in a pass that ends at the memory.
         """
         chosen: set[str] = set()
-        beforehand = self.selections.get(batch)
-        if beforehand is None and (self.shares_pools or len(parts) > 1 or not _holds(parts[0], batch)):
-            beforehand = self._select_beforehand(batch, parts[0].input_ids.device)
-        for name, slot_ids in (beforehand or {}).items():
-            self._activate(name, slot_ids)
-            chosen.add(name)
+        if self.shares_pools or len(parts) > 1 or not _holds(parts[0], batch):
+            for name, slot_ids in self._beforehand(batch, parts[0].input_ids.device).items():
+                self._activate(name, slot_ids)
+                chosen.add(name)
 
         def choose(layer: MemoryLayer, reads: Reads) -> None:
             if layer.pool_name not in chosen:
@@ -101,10 +99,6 @@ class SparseMemory:
 
         with before_read(self.model, choose):
             yield
-        if self.reads_are_fixed:
-            self.selections[batch] = {
-                n: p.active_ids for n, p in self.pools.items() if p.active_ids is not None
-            }
 
     @contextlib.contextmanager
     def part(self, batch: Batch) -> Iterator[None]:
@@ -152,6 +146,16 @@ class SparseMemory:
         if not self.config.weighted_reads:
             weights = torch.ones_like(weights)
         return slot_ids.flatten(), weights.flatten(), facts.repeat_interleave(slot_ids.shape[1])
+
+    def _beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Tensor]:
+        """Choose slots before the forward pass; once per fact where its reads never change."""
+        if not self.reads_are_fixed:
+            return self._select_beforehand(batch, device)
+        for wordings in batch:
+            if wordings not in self.selections:
+                self.selections[wordings] = self._select_beforehand((wordings,), device)
+        chosen = [self.selections[wordings] for wordings in batch]
+        return {name: torch.cat([of_fact[name] for of_fact in chosen]).unique() for name in self.pools}
 
     def _select_beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Tensor]:
         for pool in self.pools.values():
