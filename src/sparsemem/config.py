@@ -23,11 +23,11 @@ class MemoryConfig:
     """Beside the feed-forward network (logits unchanged at attach), or gated in its place."""
     num_keys: int = 1024
     """Sub-keys per half; the pool has num_keys**2 slots."""
-    num_heads: int = 4
+    num_heads: int = 16
     """Independent lookups per token."""
-    top_k: int = 16
+    top_k: int = 8
     """Slots read per head and token."""
-    query_dim: int = 64
+    query_dim: int = 16
     """Width of half a key."""
     value_dim: int | None = None
     """Width of a row; only placement="replace" may differ from the model's width."""
@@ -58,8 +58,8 @@ class MemoryConfig:
         return self.num_keys**2
 
 
-DEFAULT_LEARNING_RATES = {"memory": 0.3, "full": 2e-5}
-PEFT_LEARNING_RATE = 2e-4
+DEFAULT_LEARNING_RATES = {"memory": 0.15, "full": 5e-5}
+PEFT_LEARNING_RATE = 5e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ class FinetuneConfig:
 
     method: str = "memory"
     """What may move: "memory", "full", or a PEFT type by its name ("lora", "ia3", ...)."""
-    top_t: int = 64
+    top_t: int = 128
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
@@ -79,7 +79,7 @@ class FinetuneConfig:
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None
-    """Step size; by default 0.3 for memory, 2e-5 for full, 2e-4 for PEFT methods."""
+    """Step size; by default 0.15 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
