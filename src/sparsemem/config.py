@@ -58,7 +58,7 @@ class MemoryConfig:
         return self.num_keys**2
 
 
-DEFAULT_LEARNING_RATES = {"memory": 0.15, "full": 5e-5}
+DEFAULT_LEARNING_RATES = {"memory": 0.3, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 
 
@@ -79,7 +79,7 @@ class FinetuneConfig:
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None
-    """Step size; by default 0.15 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
+    """Step size; by default 0.3 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
