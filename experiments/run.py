@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name has a match")
     parser.add_argument("--list", action="store_true", help="name the runs, and run none")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results, if another")
     parser.add_argument("--data-dir", type=Path, default=CACHE / "data", metavar="DIR", help="what {data} is")
     args = parser.parse_args(argv)
     folder = HERE / args.name
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.list:
             print("\n".join(specs))
             return 0
-        failed = run_all(specs, folder / "results", jobs=args.jobs, cache=CACHE)
+        failed = run_all(specs, args.out or folder / "results", jobs=args.jobs, cache=CACHE)
     except SparsememError as error:
         console.say(f"error: {error}", style="red")
         return error.exit_code

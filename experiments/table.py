@@ -2,6 +2,7 @@
 
 python experiments/table.py NAME
 python experiments/table.py NAME --readme       # also between <!-- NAME:begin --> and <!-- NAME:end -->
+python experiments/table.py NAME --beside DIR   # the results in DIR, and those of NAME; no plot
 
 Each method is shown at its best setting, chosen by held-out F1 among these runs, or among those of
 the experiment that default.yaml names as `development`.
@@ -17,7 +18,7 @@ from sparsemem import console
 from sparsemem.errors import SparsememError
 from sparsemem.study.figures import pareto
 from sparsemem.study.results import load_results
-from sparsemem.study.table import comparison, with_block
+from sparsemem.study.table import comparison, paired, with_block
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -29,9 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--probe", metavar="NAME", help="what the plot shows forgetting of (default: the first)"
     )
+    parser.add_argument("--beside", type=Path, metavar="DIR", help="folder of results to compare with these")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     args = parser.parse_args(argv)
     try:
+        if args.beside:
+            print(f"{args.beside}:\n\n{comparison(load_results(args.beside)).markdown()}\n{args.name}:\n")
+            print(render(args.name), end="")
+            return 0
         print(render(args.name), end="")
         pareto(load_results(HERE / args.name / "results"), HERE / args.name / "pareto.png", probe=args.probe)
         if args.readme:
@@ -50,10 +56,9 @@ def with_table(readme: str, name: str) -> str:
 
 def render(name: str) -> str:
     development = read_yaml(HERE / name / "default.yaml").get("development")
-    return comparison(
-        load_results(HERE / name / "results"),
-        load_results(HERE / development / "results") if development else None,
-    ).markdown()
+    results = load_results(HERE / name / "results")
+    chosen_by = load_results(HERE / development / "results") if development else None
+    return f"{comparison(results, chosen_by).markdown()}\n{paired(results, chosen_by).markdown()}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ import pytest
 from study.made_up import result
 
 from sparsemem.files import write_json
-from sparsemem.study.table import comparison
+from sparsemem.study.table import comparison, paired
 
 
 @pytest.fixture
@@ -21,10 +21,24 @@ def write(folder, runs, default=""):
 RUNS = {"a.one": result(0.4, learning_rate=0.1), "a.two": result(0.5, learning_rate=0.2)}
 
 
+def both(results, development=None):
+    return f"{comparison(results, development).markdown()}\n{paired(results, development).markdown()}"
+
+
+def test_results_of_another_run_are_shown_beside_the_kept_ones(table, tmp_path, capsys):
+    name = write(tmp_path / "question", RUNS)
+    again = {"a.one": result(0.8, learning_rate=0.1)}
+    write(tmp_path / "again", again)
+    assert table.main([name, "--beside", str(tmp_path / "again" / "results")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(comparison(again).markdown()) < shown.index(both(RUNS))
+    assert not (tmp_path / "question" / "pareto.png").exists()
+
+
 def test_the_table_is_shown_and_the_plot_drawn(table, tmp_path, capsys):
     name = write(tmp_path / "question", RUNS)
     assert table.main([name]) == 0
-    assert capsys.readouterr().out == comparison(RUNS).markdown()
+    assert capsys.readouterr().out == both(RUNS)
     assert (tmp_path / "question" / "pareto.png").is_file()
 
 
@@ -32,7 +46,7 @@ def test_settings_are_chosen_on_the_development_runs(table, tmp_path):
     development = {"a.one": result(0.9, learning_rate=0.1), "a.two": result(0.5, learning_rate=0.2)}
     other = write(tmp_path / "tuning", development)
     name = write(tmp_path / "question", RUNS, f"development: {other}")
-    assert table.render(name) == comparison(RUNS, development).markdown() != comparison(RUNS).markdown()
+    assert table.render(name) == both(RUNS, development) != both(RUNS)
 
 
 def test_the_readme_gets_the_table_in_its_place(table, tmp_path, monkeypatch):
@@ -42,7 +56,7 @@ def test_the_readme_gets_the_table_in_its_place(table, tmp_path, monkeypatch):
     readme.write_text(text)
     monkeypatch.setattr(table, "README", readme)
     assert table.main([name, "--readme"]) == 0
-    assert readme.read_text() == text.replace("old\n", comparison(RUNS).markdown())
+    assert readme.read_text() == text.replace("old\n", both(RUNS))
 
 
 def test_mistakes_are_told_in_a_line(table, tmp_path, capsys):

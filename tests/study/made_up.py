@@ -27,8 +27,17 @@ def result(
             "probes": {name: probe(name, base, forgetting) for name in probes},
             "changed_fraction": 0.025,
         },
+        "scores": {
+            "before": scores(0.0, probes, base),
+            "after": scores(heldout, probes, base * (1 - forgetting)),
+        },
         "seed": seed,
     }
+
+
+def scores(heldout, probes, value):
+    """Of two questions each."""
+    return {"heldout": [heldout] * 2, "seen": [], "probes": {name: [value] * 2 for name in probes}}
 
 
 def probe(name, base, forgetting):

@@ -2,7 +2,7 @@ import pytest
 
 from sparsemem.errors import ConfigError
 from sparsemem.evaluation.statistics import mean_interval
-from sparsemem.study.table import comparison, with_block
+from sparsemem.study.table import comparison, paired, with_block
 
 from .made_up import result
 
@@ -102,3 +102,15 @@ def test_a_block_is_put_between_its_marks_and_nothing_else_moves():
     assert with_block(text, "two", "x\n") == text.replace("two:begin -->\n", "two:begin -->\nx\n")
     with pytest.raises(ConfigError, match="<!-- three:begin -->"):
         with_block(text, "three", "")
+
+
+def test_differences_are_of_the_same_questions_and_say_how_sure_they_are():
+    memory = result(0.7, 0.0, method="memory", base=0.4)
+    lora = [result(0.6, 0.5, seed=seed, base=0.4) for seed in (0, 1)]
+    memory["scores"]["after"]["heldout"] = [1.0, 0.4]
+    lora[0]["scores"]["after"]["heldout"] = [0.9, 0.2]
+    lora[1]["scores"]["after"]["heldout"] = [0.9, 0.4]
+    table = paired({"memory.seed-0": memory, "lora.seed-0": lora[0], "lora.seed-1": lora[1]})
+    assert table.columns == ("method", "held-out F1 against memory", "nq against base")
+    assert table.rows[0] == ("memory", "\u2013", "+0.000 (+0.000 to +0.000)")
+    assert table.rows[1] == ("lora", "-0.100 (-0.100 to -0.100)", "-0.200 (-0.200 to -0.200)")

@@ -7,7 +7,7 @@ from typing import Any
 from sparsemem.errors import ConfigError
 from sparsemem.evaluation.metrics import mean
 from sparsemem.evaluation.probes import LOWER_IS_BETTER
-from sparsemem.evaluation.statistics import mean_interval
+from sparsemem.evaluation.statistics import mean_interval, paired_bootstrap
 from sparsemem.study.results import Results, best_runs, probe_names
 
 METRIC_NAMES = {"f1": "F1", "accuracy": "accuracy", "nll": "NLL", "perplexity": "perplexity"}
@@ -87,6 +87,49 @@ def comparison(results: Results, development: Results | None = None) -> Table:
     )
     headings = (column.heading(everything) for column in columns)
     return Table(("method", "learning rate", "seeds", *headings), rows)
+
+
+def paired(results: Results, development: Results | None = None) -> Table:
+    """Say how sure differences are: 95 % bootstrap intervals over the same questions, seeds averaged.
+
+    Args:
+        results: Runs to show; the first method is what the others' learning is compared with.
+        development: Runs to choose settings by; the same ones if not given.
+
+    Returns:
+        Held-out F1 against the first method, and the scores of each probe against the base model.
+    """
+    best = best_runs(results, development)
+    first = next(iter(best))
+    probes = list(next(iter(best.values()))[0]["scores"]["after"]["probes"])
+    rows = []
+    for method, runs in best.items():
+        learned, reference = (_scores(of, "after", "heldout") for of in (runs, best[first]))
+        differences = [NOTHING if method == first or not learned else _interval(learned, reference)]
+        for name in probes:
+            after, before = (_scores(runs, when, "probes", name) for when in ("after", "before"))
+            differences.append(_interval(after, before))
+        rows.append((method, *differences))
+    titles = (f"{name} against base" for name in probes)
+    return Table(("method", f"held-out F1 against {first}", *titles), tuple(rows))
+
+
+def _scores(runs: Sequence[Mapping[str, Any]], when: str, *path: str) -> list[float]:
+    """Mean score of each question over runs."""
+    of_runs = []
+    for run in runs:
+        scores: Any = run["scores"][when]
+        for name in path:
+            scores = scores[name]
+        of_runs.append(scores)
+    return [mean(of_question) for of_question in zip(*of_runs, strict=True)]
+
+
+def _interval(a: Sequence[float], b: Sequence[float]) -> str:
+    interval = paired_bootstrap(a, b)
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:+.3f}"
+    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 
 
 def with_block(text: str, name: str, block: str) -> str:
