@@ -178,7 +178,8 @@ def build_examples(
     by_fact = []
     for index, fact in enumerate(facts):
         subject = fact.subject
-        if subject is None and usage is not None:
+        # A document is about more than one thing.
+        if subject is None and usage is not None and fact.answer:
             given = (*fact.questions, *fact.statements)
             subject = find_subject(given, fact.answers, tokenizer, usage)
         encoded = [
