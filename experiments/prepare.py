@@ -300,6 +300,16 @@ def background(wiki: Rows, questions: Rows, commonsense: Rows, speeches: Rows) -
     return sample(drawn, len(drawn))
 
 
+def trained_texts(facts: Rows) -> Rows:
+    """List all that is trained of some facts."""
+    return [
+        {"text": text}
+        for fact in facts
+        for text in (fact.get("statement"), *fact.get("paraphrases", ()), fact["question"])
+        if text
+    ]
+
+
 TRIVIA, FACTS = "triviaqa/triviaqa_open_test.jsonl", "triviaqa/facts_200.jsonl"
 P2D, P2D_TEST = "reversal_curse/p2d_prompts_train.jsonl", "reversal_curse/p2d_prompts_test.jsonl"
 D2P, D2P_TEST = "reversal_curse/d2p_prompts_train.jsonl", "reversal_curse/d2p_prompts_test.jsonl"
@@ -310,7 +320,7 @@ WIKI = "wiki_vital/wiki_vital_summaries.jsonl"
 OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
     # To learn.
     "trivia": (as_is, FACTS),
-    "trivia_candidates": (trivia_candidates, FACTS, TRIVIA),
+    "trivia_stream": (lambda facts, rows: facts + trivia_candidates(facts, rows), FACTS, TRIVIA),
     "tofu": (tofu, "tofu/forget10_perturbed.jsonl"),
     "reversal_p2d": (partial(reversal_facts, given="name", asked="description"), P2D, P2D_TEST),
     "reversal_d2p": (partial(reversal_facts, given="description", asked="name"), D2P, D2P_TEST),
@@ -339,6 +349,8 @@ OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
         "multiple_choice/commonsenseqa_validation.jsonl",
         "text/stdlib_state_of_the_union_1900-2021.txt",
     ),
+    "background_wiki": (lambda rows: texts(sample(rows, 2000)), WIKI),
+    "background_facts": (trained_texts, FACTS),
 }
 """Name of each file, how it is made, and of which files."""
 

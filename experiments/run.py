@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_specs(folder: Path, data: Path) -> dict[str, RunSpec]:
     """Read the runs of an experiment's folder, all grids multiplied out."""
-    default = read_yaml(folder / "default.yaml")
+    default = read_default(folder)
     default.pop("development", None)  # what table.py chooses learning rates by
     specs: dict[str, RunSpec] = {}
     for path in sorted((folder / "runs").glob("*.yaml")):
@@ -74,6 +74,18 @@ def load_specs(folder: Path, data: Path) -> dict[str, RunSpec]:
     if not specs:
         raise MissingFileError(f"{folder / 'runs'} holds no .yaml file; write one")
     return specs
+
+
+def read_default(folder: Path) -> dict[str, Any]:
+    """Read an experiment's default.yaml over the one beside its folder, which related ones share.
+
+    Raises:
+        MissingFileError: There is neither.
+    """
+    shared, own = folder.parent / "default.yaml", folder / "default.yaml"
+    if not shared.exists():
+        return read_yaml(own)
+    return merged(read_yaml(shared), read_yaml(own) if own.exists() else {})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from run import read_yaml
+from run import read_default
 
 from sparsemem import console
 from sparsemem.errors import SparsememError
@@ -55,7 +55,7 @@ def with_table(readme: str, name: str) -> str:
 
 
 def render(name: str) -> str:
-    development = read_yaml(HERE / name / "default.yaml").get("development")
+    development = read_default(HERE / name).get("development")
     results = load_results(HERE / name / "results")
     chosen_by = load_results(HERE / development / "results") if development else None
     return f"{comparison(results, chosen_by).markdown()}\n{paired(results, chosen_by).markdown()}"

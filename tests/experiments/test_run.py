@@ -133,3 +133,13 @@ def test_what_cannot_be_read_is_named(run, experiment, tmp_path):
         path.unlink()
     with pytest.raises(MissingFileError, match=r"holds no \.yaml file"):
         run.load_specs(experiment, tmp_path / "data")
+
+
+def test_related_experiments_share_what_stands_beside_their_folders(script, tmp_path):
+    run = script("run")
+    (tmp_path / "default.yaml").write_text("model: a\nconfig: {num_epochs: 2, top_t: 3}\n")
+    folder = tmp_path / "question"
+    folder.mkdir()
+    assert run.read_default(folder) == {"model": "a", "config": {"num_epochs": 2, "top_t": 3}}
+    (folder / "default.yaml").write_text("config: {top_t: 5}\n")
+    assert run.read_default(folder) == {"model": "a", "config": {"num_epochs": 2, "top_t": 5}}

@@ -24,6 +24,7 @@ def attach_to_folder(
     keys: KeyFit = "context_invariant",
     num_tokens: int = 100_000,
     num_documents: int = 1000,
+    prompt_formats: bool = True,
 ) -> dict[str, Any]:
     """Insert a memory, fit its keys, count background usage, and write all of it to a new folder.
 
@@ -35,6 +36,7 @@ def attach_to_folder(
         keys: How keys are fitted.
         num_tokens: Tokens to fit them on.
         num_documents: Documents to count usage over.
+        prompt_formats: Put two thirds of the text into this product's own prompts.
 
     Returns:
         What was made, as plain JSON values.
@@ -49,9 +51,13 @@ def attach_to_folder(
         model, tokenizer = load_base_model(model_name)
         attach_memory(model, config)
     with console.progress(f"fit keys ({keys})") as step:
-        fit_keys(model, tokenizer, texts, keys, num_tokens=num_tokens, on_step=step)
+        fit_keys(
+            model, tokenizer, texts, keys, num_tokens=num_tokens, prompt_formats=prompt_formats, on_step=step
+        )
     with console.progress("count background usage") as step:
-        usage = count_usage(model, tokenizer, texts, num_documents=num_documents, on_step=step)
+        usage = count_usage(
+            model, tokenizer, texts, num_documents=num_documents, prompt_formats=prompt_formats, on_step=step
+        )
     with new_folder(out) as folder:
         save(model, folder)
         save_usage(usage, folder / USAGE_FILE)
