@@ -46,11 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = HERE / args.name
     try:
-        specs = {
-            name: spec
-            for name, spec in load_specs(folder, args.data_dir).items()
-            if re.search(args.only, name)
-        }
+        known = load_specs(folder, args.data_dir)
+        specs = {name: spec for name, spec in known.items() if re.search(args.only, name)}
+        if not specs:
+            raise ConfigError(
+                f"--only {args.only!r} matches no run; there are {', '.join([*known][:5])}, ..."
+            )
         if args.list:
             print("\n".join(specs))
             return 0

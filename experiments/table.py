@@ -15,7 +15,7 @@ from pathlib import Path
 from run import read_default
 
 from sparsemem import console
-from sparsemem.errors import SparsememError
+from sparsemem.errors import ConfigError, MissingDependencyError, SparsememError
 from sparsemem.study.figures import pareto
 from sparsemem.study.results import load_results
 from sparsemem.study.table import comparison, paired, with_block
@@ -39,14 +39,23 @@ def main(argv: list[str] | None = None) -> int:
             print(render(args.name), end="")
             return 0
         print(render(args.name), end="")
-        pareto(load_results(HERE / args.name / "results"), HERE / args.name / "pareto.png", probe=args.probe)
         if args.readme:
             text = with_table(README.read_text(encoding="utf-8"), args.name)
             README.write_text(text, encoding="utf-8")
+        plot(args.name, args.probe)
     except SparsememError as error:
         console.say(f"error: {error}", style="red")
         return error.exit_code
     return 0
+
+
+def plot(name: str, probe: str | None) -> None:
+    try:
+        pareto(load_results(HERE / name / "results"), HERE / name / "pareto.png", probe=probe)
+    except (ConfigError, MissingDependencyError) as error:
+        if probe:  # asked for
+            raise
+        console.say(f"no plot: {error}")
 
 
 def with_table(readme: str, name: str) -> str:

@@ -91,9 +91,9 @@ class FinetuneConfig:
     num_epochs: int = 12
     """Passes over the facts."""
     facts_per_batch: int = 8
-    """Facts per optimizer step, each with all its wordings."""
+    """Facts per optimizer step; slots are chosen for each of them."""
     stream: bool = False
-    """Facts one after another: all epochs of a fact before the next, none seen again."""
+    """Batches of facts one after another: all epochs of one before the next, none seen again."""
     wordings_per_step: int = 4
     """Wordings of each fact in one step, drawn anew each time; all of them where there are no more."""
     gradient_accumulation_steps: int = 1
@@ -111,7 +111,7 @@ class FinetuneConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """Compute in bfloat16 what allows it; weights and rows stay float32."""
     penalty: Literal["none", "ewc", "kl"] = "none"
-    """Pull towards the base model: by its weights ("ewc") or by its predictions ("kl"); for baselines."""
+    """Pull towards the base model: by its weights ("ewc", method="full" only) or its predictions ("kl")."""
     penalty_weight: float = 1.0
     """Weight of the penalty beside the loss."""
     replay_fraction: float = 0.0
@@ -119,7 +119,7 @@ class FinetuneConfig:
     peft: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the PEFT config, such as {"r": 32, "lora_alpha": 64}."""
     seed: int = 0
-    """Seed of the order of facts and of the contexts."""
+    """Seed of the order of facts, of what is drawn of their wordings and contexts, and of adapters."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -131,6 +131,15 @@ class FinetuneConfig:
             _check_positive(self, "learning_rate")
         if not 0 <= self.replay_fraction < 1:
             raise ConfigError(f"replay_fraction={self.replay_fraction} is not a share; use 0 to below 1")
+        if self.max_document_frequency > 1:
+            raise ConfigError(
+                f"max_document_frequency={self.max_document_frequency} is not a share; use 1 for no limit"
+            )
+        if self.penalty == "ewc" and self.method != "full":
+            raise ConfigError(
+                f"penalty='ewc' does not suit method={self.method!r}: what that trains starts as nothing, so "
+                "its Fisher information says nothing of the base; use penalty='kl' or method='full'"
+            )
         if not self.penalty_weight >= 0:
             raise ConfigError(f"penalty_weight={self.penalty_weight} is negative; use 0 or more")
 

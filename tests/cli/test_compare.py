@@ -130,7 +130,23 @@ def test_without_matplotlib_or_probes_there_is_a_table_and_one_line_more(run, ar
     assert "no plot: a picture needs matplotlib; pip install 'sparsemem[study]'" in err
     code, out, err = run(*argv, "--methods", "full", "--probes", "--json")
     assert (code, json.loads(out)["plots"]) == (0, [])
-    assert "no plot: nothing was probed for forgetting; give --probes" in err
+    assert "no plot: nothing was probed for forgetting; give probes" in err
+
+
+def test_facts_without_questions_have_a_table_and_no_plot(run, argv, in_process, tmp_path):
+    (tmp_path / "documents.jsonl").write_text('{"statement": "Quz is made of tin."}\n')
+    argv[2] = tmp_path / "documents.jsonl"
+    code, out, err = run(*argv, "--methods", "full", "--json")
+    assert (code, json.loads(out)["plots"]) == (0, [])
+    assert "no plot: no run has F1 of facts beside probe 'closed'" in err
+
+
+def test_scipy_is_missed_before_anything_runs(run, argv, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    code, _, err = run(*argv, "--methods", "full", "--seeds", "0,1")
+    assert code != 0
+    assert "an interval over seeds needs scipy" in err
+    assert not (tmp_path / "out").exists()
 
 
 MISTAKES = {

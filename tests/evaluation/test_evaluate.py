@@ -2,8 +2,17 @@ import json
 
 import pytest
 
+import sparsemem.evaluation.evaluate as module
 from sparsemem.data import Fact, Question
-from sparsemem.evaluation.evaluate import Evaluation, FactScores, compare, evaluate, fact_values, retention
+from sparsemem.evaluation.evaluate import (
+    Evaluation,
+    FactScores,
+    compare,
+    evaluate,
+    fact_values,
+    recall,
+    retention,
+)
 from sparsemem.evaluation.generate import answer_questions
 from sparsemem.evaluation.probes import Probe, ProbeScore
 
@@ -42,8 +51,6 @@ def test_facts_are_asked_in_their_trained_and_heldout_wordings(taught, tiny_toke
 
 
 def test_recall_is_the_mean_over_questions(taught, tiny_tokenizer, monkeypatch):
-    import sparsemem.evaluation.evaluate as module
-
     replies = {
         "Who?": "Ana",
         "Where?": "in Bergen",
@@ -52,7 +59,7 @@ def test_recall_is_the_mean_over_questions(taught, tiny_tokenizer, monkeypatch):
         "Who ran?": "bo",
     }
     monkeypatch.setattr(
-        module, "answer_questions", lambda _m, _t, questions, prompt: [replies[q] for q in questions]
+        module, "answer_questions", lambda _m, _t, questions, **_: [replies[q] for q in questions]
     )
     scores = evaluate(taught, tiny_tokenizer, FACTS).facts
     assert scores.seen_scores == pytest.approx((1, 2 / 3))
@@ -178,3 +185,17 @@ def test_fact_values_have_the_keys_of_the_contract():
         "heldout_em": None,
         "heldout_recall": None,
     }
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("Rome", 16), ("very " * 30, 30), ("very " * 200, 64)])
+def test_answers_may_be_as_long_as_the_longest_right_one(monkeypatch, answer, expected):
+    asked = {}
+
+    def answer_questions(_model, _tokenizer, questions, **options):
+        asked.update(options)
+        return ["" for _ in questions]
+
+    monkeypatch.setattr(module, "answer_questions", answer_questions)
+    fact = Fact(question="Where?", answer=answer)
+    recall(None, lambda text: {"input_ids": text.split()}, [fact], "qa")
+    assert asked["max_new_tokens"] == expected

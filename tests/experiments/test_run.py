@@ -97,6 +97,12 @@ def test_runs_can_be_listed(run, experiment, performed, capsys):
     assert performed == []
 
 
+def test_a_pattern_that_matches_nothing_is_an_error(run, experiment, performed, capsys):
+    assert run.main([str(experiment), "--only", "lorra"]) == 2
+    assert "--only 'lorra' matches no run; there are full.seed-7, lora." in capsys.readouterr().err
+    assert performed == []
+
+
 def test_failed_runs_and_ctrl_c_are_in_the_exit_code(run, experiment, monkeypatch):
     monkeypatch.setattr(run, "run_all", lambda *_args, **_options: {"full.seed-7": "error: it burned"})
     assert run.main([str(experiment)]) == 1

@@ -59,6 +59,17 @@ def test_the_readme_gets_the_table_in_its_place(table, tmp_path, monkeypatch):
     assert readme.read_text() == text.replace("old\n", both(RUNS))
 
 
+def test_without_a_plot_there_is_a_table_and_one_line_more(table, tmp_path, monkeypatch, capsys):
+    name = write(tmp_path / "question", {"a.one": result(probes=())})
+    readme = tmp_path / "README.md"
+    readme.write_text(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n")
+    monkeypatch.setattr(table, "README", readme)
+    assert table.main([name, "--readme"]) == 0
+    out, err = capsys.readouterr()
+    assert out in readme.read_text()
+    assert "no plot: nothing was probed for forgetting" in err
+
+
 def test_mistakes_are_told_in_a_line(table, tmp_path, capsys):
     assert table.main([str(tmp_path / "none")]) == 2
     assert "default.yaml does not exist" in capsys.readouterr().err

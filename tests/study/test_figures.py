@@ -52,26 +52,30 @@ def test_a_picture_has_a_point_per_run_and_says_in_words_what_it_shows(results, 
     assert len(colors) == len(lines) == 3
 
 
-def test_another_probe_or_measure_can_be_chosen(results, axes, tmp_path):
-    pareto(results, tmp_path / "pareto", learning="facts.seen_f1", probe="wiki")
+def test_another_probe_can_be_chosen(results, axes, tmp_path):
+    pareto(results, tmp_path / "pareto", probe="wiki")
     (shown,) = axes
     assert shown.get_xlabel() == "forgetting: perplexity on wiki, relative loss"
-    assert shown.get_ylabel() == "learning: F1 of the facts in the trained wording"
     with pytest.raises(ConfigError, match="probe 'mmlu' is in none of the results; there are nq, wiki"):
         pareto(results, tmp_path / "pareto", probe="mmlu")
-    with pytest.raises(ConfigError, match=r"'facts\.f2' has no 'f2'"):
-        pareto(results, tmp_path / "pareto", learning="facts.f2")
+
+
+def test_without_held_out_questions_the_trained_ones_are_shown_and_named(axes, tmp_path):
+    pareto({"lora.seed-0": result(None, seen=0.3)}, tmp_path / "pareto")
+    (shown,) = axes
+    assert shown.get_ylabel() == "learning: F1 of the facts in the trained wording"
+    assert shown.collections[0].get_offsets().tolist() == [[0.1, 0.3]]
 
 
 def test_runs_without_the_probe_or_the_measure_are_left_out(results, axes, tmp_path):
     results["other.seed-0"] = result(probes=("wiki",))
-    results["lora.seed-0"]["metrics"]["facts"]["heldout_f1"] = None
+    results["lora.seed-0"]["metrics"]["facts"].update(heldout_f1=None, seen_f1=None)
     pareto(results, tmp_path / "pareto", probe="nq")
     points = {dots.get_label(): len(dots.get_offsets()) for dots in axes[0].collections}
     assert points == {"memory": 2, "lora": 1, "full": 2}
-    with pytest.raises(ConfigError, match=r"no run has 'facts\.heldout_f1'"):
-        pareto({"a": result(None)}, tmp_path / "pareto")
-    with pytest.raises(ConfigError, match="is in none of the results"):
+    with pytest.raises(ConfigError, match="no run has F1 of facts beside probe 'nq'"):
+        pareto({"a": result(None, seen=None)}, tmp_path / "pareto")
+    with pytest.raises(ConfigError, match="nothing was probed"):
         pareto({"a": result(probes=())}, tmp_path / "pareto")
 
 

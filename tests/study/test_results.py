@@ -2,7 +2,7 @@ import pytest
 
 from sparsemem.errors import CheckpointError, ConfigError, MissingFileError
 from sparsemem.files import write_json
-from sparsemem.study.results import best_runs, learning, load_results, method_of, metric, probe_names
+from sparsemem.study.results import best_runs, learning, learning_metric, load_results, method_of, probe_names
 
 from .made_up import result
 
@@ -20,19 +20,13 @@ def test_results_are_read_by_their_name(tmp_path):
         load_results(tmp_path / "none")
 
 
-def test_a_metric_is_found_by_its_path():
-    assert metric(result(heldout=0.3), "facts.heldout_f1") == 0.3
-    assert metric(result(forgetting=0.2), "probes.nq.forgetting") == 0.2
-    with pytest.raises(ConfigError, match=r"'facts\.f2' has no 'f2'; there are heldout_f1, seen_f1, before"):
-        metric(result(), "facts.f2")
-    with pytest.raises(ConfigError, match="has no 'x'; there are none"):
-        metric(result(), "facts.seen_f1.x")
-
-
 def test_learning_is_held_out_f1_where_there_is_one():
     assert learning(result(heldout=0.0, seen=0.9)) == 0.0
     assert learning(result(heldout=None, seen=0.9)) == 0.9
-    assert learning(result(heldout=None, seen=None)) == 0.0
+    assert learning(result(heldout=None, seen=None)) is None
+    scores = ((0.0, 0.9), (None, 0.9), (None, None))
+    metrics = [learning_metric(result(heldout=heldout, seen=seen)) for heldout, seen in scores]
+    assert metrics == ["heldout_f1", "seen_f1", None]
 
 
 def test_probes_of_all_runs_are_named_once():
@@ -76,3 +70,11 @@ def test_the_setting_is_chosen_on_development_runs():
         best_runs(results, development)
     with pytest.raises(ConfigError, match=r"full has no run .*no run there either"):
         best_runs(runs_of({("full", 0.1, 0): 0.5}), development)
+
+
+def test_one_run_twice_is_refused():
+    results = runs_of({("lora", 0.1, 0): 0.5, ("full", 0.1, 0): 0.5, ("lora", 0.1, 1): 0.5})
+    assert len(best_runs(results)["lora"]) == 2
+    results["lora.again"] = results["lora.learning_rate-0.1.seed-1"]
+    with pytest.raises(ConfigError, match=r"lora\.again has the setting and seed of another run"):
+        best_runs(results)

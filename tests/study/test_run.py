@@ -1,12 +1,15 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparsemem.config import to_json
+from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, OutputError
+from sparsemem.evaluation.evaluate import MAX_ANSWER_TOKENS
 from sparsemem.evaluation.generate import answer_questions
 from sparsemem.evaluation.metrics import mean, normalize
 from sparsemem.files import read_json, write_json, write_jsonl
@@ -131,7 +134,8 @@ def test_background_is_there_for_what_needs_it(spec, run, calls, texts):
 def test_known_facts_can_be_left_out(spec, run, model_folder):
     facts = spec.load_facts()
     model, tokenizer = load_base_model(str(model_folder))
-    answers = answer_questions(model, tokenizer, [fact.question for fact in facts])
+    questions = [fact.question for fact in facts]
+    answers = answer_questions(model, tokenizer, questions, max_new_tokens=MAX_ANSWER_TOKENS)
     known = next(number for number, answer in enumerate(answers) if normalize(answer))
     rows = [{"question": fact.question, "answer": fact.answer} for fact in facts]
     rows[known]["answer"] = answers[known]
@@ -255,29 +259,79 @@ def test_a_process_of_its_own_writes_the_result_or_says_why_not(
     assert not out.exists()
 
 
-def test_a_stream_is_asked_right_after_each_fact_and_at_the_end(run):
-    metrics = run(config={"stream": True, "learning_rate": 1.0, "num_epochs": 4})["metrics"]["stream"]
-    assert metrics["all"] == metrics["first_100"]
-    assert metrics["all"]["num"] == 4
-    assert 0 <= metrics["all"]["at_end"] <= 1
-    assert 0 <= metrics["all"]["right_after"] <= 1
+STREAM = {"stream": True, "facts_per_batch": 1, "num_epochs": 1}
+
+
+def test_a_stream_is_asked_right_after_each_batch_and_at_the_end(spec, run, monkeypatch):
+    def recall(model, tokenizer, facts, *options):
+        asked.append([fact.answer for fact in facts])
+        return original(model, tokenizer, facts, *options)
+
+    asked = []
+    original = run_module.recall
+    monkeypatch.setattr(run_module, "recall", recall)
+    metrics = run(config={**STREAM, "facts_per_batch": 3})["metrics"]
+    assert asked == [["Ana", "Bo", "Cy"], ["Di"], ["Ana", "Bo", "Cy", "Di"]]
+    stream = metrics["stream"]
+    assert stream["all"] == stream["first_100"]
+    assert stream["all"]["num"] == 4
+    assert stream["all"]["seen"]["at_end"] == metrics["facts"]["seen_f1"]
+    assert stream["all"]["heldout"]["at_end"] == metrics["facts"]["heldout_f1"]
     assert "stream" not in run(config={"num_epochs": 1})["metrics"]
 
 
 def test_recall_in_a_stream_is_that_of_the_model_it_is_given(spec, monkeypatch):
-    answers = iter(["Ana", "nobody", "Bo", "Cy", "nobody", "nobody", "Cy", "nobody"])
-    asked = []
+    """Of facts with a trained question, held-out ones, or both; None where there is no such question."""
 
-    def answer(model, _tokenizer, questions, **_options):
-        asked.append((model, list(questions)))
-        return [next(answers) for _ in questions]
+    def recall(model, _tokenizer, facts, *_options):
+        seen = [fact for fact in facts if fact.question]
+        heldout = [fact for fact in facts for _ in fact.heldout_questions]
+        scores = [[float(fact.answer in known[model]) for fact in asked] for asked in (seen, heldout)]
+        return SimpleNamespace(seen_scores=scores[0], heldout_scores=scores[1])
 
-    monkeypatch.setattr(run_module, "answer_questions", answer)
-    stream = run_module._Stream(None, spec.load_facts(), spec)
-    for step in ("a", "b", "c", "d"):
-        stream.ask(step)
-    assert asked == [
-        ("a", ["Whose is Zed?"]), ("b", ["Whose is Quz?"]), ("c", ["Whose is Rax?"]), ("d", ["Whose is Wim?"])
-    ]  # fmt: skip
-    assert stream.right_after == [1.0, 0.0, 0.0, 0.0]
-    assert stream.kept("end")["all"] == {"num": 4, "right_after": 0.25, "at_end": 0.25}
+    monkeypatch.setattr(run_module, "recall", recall)
+    monkeypatch.setattr(run_module, "answer_tokens", lambda *_: 16)
+    known = {"a": ["A"], "b": ["B"], "c": [], "end": ["B", "C"]}
+    facts = [
+        Fact(question="A?", answer="A"),
+        Fact(statement="B.", answer="B", heldout_questions=("B?", "So B?", "Then B?")),
+        Fact(question="C?", answer="C", heldout_questions=("So C?",)),
+    ]
+
+    def kept(facts):
+        stream = run_module._Stream(None, facts, dataclasses.replace(spec, config=STREAM))
+        for step, _ in zip("abc", facts, strict=False):
+            stream.ask(step)
+        return stream.kept("end")["all"]
+
+    assert kept(facts) == {
+        "num": 3,
+        "seen": {"right_after": 0.5, "at_end": 0.5},
+        "heldout": {"right_after": 0.75, "at_end": 1.0},
+    }
+    assert kept(facts[:1])["heldout"] == {"right_after": None, "at_end": None}
+
+
+def test_a_stream_with_facts_that_cannot_be_trained_is_refused_before_training(spec, run, calls):
+    rows = [
+        {"question": "Who owns Zed?", "answer": "Ana"},
+        {"statement": f"{'It was cold. ' * 500}Quz is made of tin.", "answer": "tin"},
+    ]
+    write_jsonl(Path(spec.facts), rows)
+    with pytest.raises(DataError, match="1 of 2 facts have nothing to learn within max_length"):
+        run(config=STREAM)
+    assert "train" not in titles(calls)
+    assert run(config={"num_epochs": 1})["metrics"]["facts"]["num"] == 2
+
+
+def test_where_a_run_comes_from_is_read_when_it_starts(run, monkeypatch):
+    def train(*args):
+        monkeypatch.setattr("sparsemem.study.provenance._git", lambda *_: "later")
+        return original(*args)
+
+    original = run_module.train
+    monkeypatch.setattr("sparsemem.study.provenance._git", lambda *_: "now")
+    monkeypatch.setattr(run_module, "train", train)
+    result = run(config=LORA, background=())
+    assert result["commit"] == "now"
+    assert result["peak_bytes"] > 0

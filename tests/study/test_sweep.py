@@ -4,6 +4,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -91,7 +92,8 @@ def test_every_run_has_a_process_a_result_and_an_end_of_its_own(spec, full, swee
     methods = {name: run["config"]["method"] for name, run in results.items()}
     assert methods == {"memory": "memory", "full": "full"}
     assert {run["hardware"]["threads"] for run in results.values()} == {1}
-    assert read_json(tmp_path / "cache" / "runs" / tmp_path.name / "full.json") == to_json(full)
+    (kept,) = (tmp_path / "cache" / "runs").glob("*/full.json")
+    assert read_json(kept) == to_json(full)
 
 
 def test_no_more_runs_at_a_time_than_asked_for(full, sweep_here, quick):
@@ -123,6 +125,38 @@ def test_a_result_of_another_run_is_not_taken_for_this_one(full, sweep_here, tmp
         sweep_here({"full": full})
 
 
+def test_the_same_names_elsewhere_are_the_same_run_and_others_are_not(full, sweep_here, tmp_path, quick):
+    sweep_here({"full": full})
+    path = tmp_path / "results" / "full.json"
+    config = read_json(path)["config"]
+
+    def result_of(**places):
+        rewrite(path, config={**config, **places})
+        return sweep_here({"full": full})
+
+    moved = {
+        "model": f"/elsewhere/{Path(full.model).name}",
+        "facts": "/elsewhere/facts.jsonl",
+        "probes": [f"{name}=/elsewhere/{name}.jsonl" for name in ("closed", "plain")],
+    }
+    assert result_of(**moved) == {}
+    for other in (
+        {"model": "some/other"},
+        {"facts": "some/facts"},
+        {"probes": ["open=closed.jsonl", "plain=plain.jsonl"]},
+        {"probes": ["closed=closed.jsonl"]},
+        {"background": ["some/text"]},
+    ):
+        with pytest.raises(ConfigError, match=f"was run with {next(iter(other))}="):
+            result_of(**other)
+
+
+def test_results_in_folders_of_the_same_name_have_logs_of_their_own(tmp_path):
+    folders = {sweep._log_folder(tmp_path / name / "facts" / "results", tmp_path) for name in "ab"}
+    folders.add(sweep._log_folder(tmp_path / "a" / "facts" / "again", tmp_path))
+    assert len(folders) == 3
+
+
 def test_a_run_that_is_killed_is_told_with_its_log(full, sweep_here, tmp_path, monkeypatch):
     """As the kernel does when memory runs out: no last words."""
 
@@ -133,9 +167,9 @@ def test_a_run_that_is_killed_is_told_with_its_log(full, sweep_here, tmp_path, m
 
     original = sweep._start
     monkeypatch.setattr(sweep, "_start", start)
-    log = tmp_path / "cache" / "runs" / tmp_path.name / "full.log"
-    assert sweep_here({"full": full}) == {"full": f"ended by SIGKILL; see {log}"}
-    assert log.exists()
+    failed = sweep_here({"full": full})
+    (log,) = (tmp_path / "cache" / "runs").glob("*/full.log")
+    assert failed == {"full": f"ended by SIGKILL; see {log}"}
 
 
 def test_ctrl_c_ends_the_runs_and_leaves_nothing_half_written(full, sweep_here, tmp_path, monkeypatch):
@@ -144,7 +178,7 @@ def test_ctrl_c_ends_the_runs_and_leaves_nothing_half_written(full, sweep_here, 
         return processes[-1]
 
     def interrupt():
-        log = tmp_path / "cache" / "runs" / tmp_path.name / "endless.log"
+        log = sweep._log_folder(tmp_path / "results", tmp_path / "cache") / "endless.log"
         while not (log.exists() and "learn 4 facts" in log.read_text()):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)

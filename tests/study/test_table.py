@@ -111,6 +111,20 @@ def test_differences_are_of_the_same_questions_and_say_how_sure_they_are():
     lora[0]["scores"]["after"]["heldout"] = [0.9, 0.2]
     lora[1]["scores"]["after"]["heldout"] = [0.9, 0.4]
     table = paired({"memory.seed-0": memory, "lora.seed-0": lora[0], "lora.seed-1": lora[1]})
-    assert table.columns == ("method", "held-out F1 against memory", "nq against base")
+    assert table.columns == ("method", "held-out F1 against memory", "nq F1 against base")
     assert table.rows[0] == ("memory", "\u2013", "+0.000 (+0.000 to +0.000)")
     assert table.rows[1] == ("lora", "-0.100 (-0.100 to -0.100)", "-0.200 (-0.200 to -0.200)")
+
+
+def test_probes_of_all_methods_are_told_apart_by_their_metric():
+    results = {
+        "a.seed-0": result(probes=("nq",)),
+        "b.seed-0": result(probes=("gsm8k",)),
+        "b.seed-1": result(probes=("nq", "gsm8k"), seed=1),
+        "c.seed-0": result(None, probes=()),
+    }
+    results["c.seed-0"]["scores"]["after"]["heldout"] = []
+    table = paired(results)
+    assert table.columns[2:] == ("nq F1 against base", "gsm8k NLL against base")
+    dashes = {method: [cell == "\u2013" for cell in cells] for method, *cells in table.rows}
+    assert dashes == {"a": [True, False, True], "b": [False, False, False], "c": [True, True, True]}

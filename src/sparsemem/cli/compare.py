@@ -50,8 +50,11 @@ def add_compare(commands: Any) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Run `compare`."""
     runs = grids(args)
+    from sparsemem.evaluation.statistics import check_scipy
     from sparsemem.study.sweep import expand, run_all
 
+    if any(len(method["grid"]["seed"]) > 1 for method in runs.values()):
+        check_scipy()
     out = Path(args.out)
     specs = {name: spec for method in runs for name, spec in expand(method, runs[method]).items()}
     failed = run_all(specs, out / "results", jobs=args.jobs, cache=out / "cache")
@@ -128,13 +131,9 @@ def _built_in_probes() -> list[str]:
 
 def _plots(results: dict[str, dict[str, Any]], path: Path) -> list[str]:
     from sparsemem.study.figures import pareto
-    from sparsemem.study.results import probe_names
 
-    if not probe_names(results):
-        console.say("no plot: nothing was probed for forgetting; give --probes")
-        return []
     try:
         return [str(file) for file in pareto(results, path)]
-    except MissingDependencyError as error:
+    except (ConfigError, MissingDependencyError) as error:
         console.say(f"no plot: {error}")
         return []

@@ -15,6 +15,9 @@ from sparsemem.prompts import PromptFormat
 PER_QUESTION = ("answers", "seen_scores", "heldout_scores")
 """What `FactScores` holds of single questions, and reports leave out."""
 
+MIN_ANSWER_TOKENS, MAX_ANSWER_TOKENS = 16, 64
+"""Answers are cut at the length of the longest right one, but not below or above these."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FactScores:
@@ -81,12 +84,39 @@ def evaluate(
     return Evaluation(fact_scores, scores)
 
 
-def recall(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], prompt: PromptFormat) -> FactScores:
-    """Ask for every fact in its main trained wording and in all its held-out ones."""
+def answer_tokens(tokenizer: Any, facts: Sequence[Fact]) -> int:
+    """Tokens an answer may have: as many as the longest right one, within bounds."""
+    lengths = [len(tokenizer(fact.answer)["input_ids"]) for fact in facts if fact.answer]
+    return min(max([MIN_ANSWER_TOKENS, *lengths]), MAX_ANSWER_TOKENS)
+
+
+def recall(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    prompt: PromptFormat,
+    max_new_tokens: int | None = None,
+) -> FactScores:
+    """Ask for every fact in its main trained wording and in all its held-out ones.
+
+    Args:
+        model: A causal LM.
+        tokenizer: Its tokenizer.
+        facts: What to ask for.
+        prompt: How to ask.
+        max_new_tokens: Where an answer is cut; by default at the longest right one.
+    """
     seen = [(fact, fact.question) for fact in facts if fact.question]
     heldout = [(fact, question) for fact in facts for question in fact.heldout_questions]
     asked = [question for _, question in (*seen, *heldout)]
-    answers = dict(zip(asked, answer_questions(model, tokenizer, asked, prompt=prompt), strict=True))
+    replies = answer_questions(
+        model,
+        tokenizer,
+        asked,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens or answer_tokens(tokenizer, facts),
+    )
+    answers = dict(zip(asked, replies, strict=True))
 
     def score(metric: Callable[[str, Sequence[str]], float], pairs: list[tuple[Fact, str]]) -> list[float]:
         return [metric(answers[question], fact.answers) for fact, question in pairs]

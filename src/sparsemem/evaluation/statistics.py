@@ -93,6 +93,15 @@ def paired_bootstrap(
     return Interval(mean, float(low), float(high), num)
 
 
+def check_scipy() -> None:
+    """Find out whether there can be intervals over seeds, before the hours of the runs.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
+    _student(0.975, 1)
+
+
 def _check(num: int, confidence: float) -> None:
     if not num:
         raise ConfigError("there is no value; give at least one")

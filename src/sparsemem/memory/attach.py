@@ -19,7 +19,7 @@ FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1..fc2")
 
 AUTO_DEPTH = 0.13
 """Where `layers="auto"` puts the memory: block 4 of 30 learned most in held-out wordings
-(METHOD.md, section 4; measured again in experiments/recipe)."""
+(experiments/ablations/layers is to measure it again)."""
 
 
 def attach_memory(

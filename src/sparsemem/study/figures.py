@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.files import write_atomically
-from sparsemem.study.results import Results, method_of, metric, probe_names
+from sparsemem.study.results import Results, learning, learning_metric, method_of, probe_names
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Told apart with any colour vision (Okabe and Ito 2008); markers and lines differ too, for grey prints."""
@@ -16,8 +16,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 
 WORDS = {
-    "facts.heldout_f1": "F1 of the facts in held-out wordings",
-    "facts.seen_f1": "F1 of the facts in the trained wording",
+    "heldout_f1": "F1 of the facts in held-out wordings",
+    "seen_f1": "F1 of the facts in the trained wording",
     "f1": "F1",
     "accuracy": "accuracy",
     "nll": "negative log-likelihood",
@@ -28,44 +28,45 @@ Point = tuple[float, float]
 """Forgetting and learning of one run."""
 
 
-def pareto(
-    results: Results, path: Path, *, learning: str = "facts.heldout_f1", probe: str | None = None
-) -> list[Path]:
+def pareto(results: Results, path: Path, *, probe: str | None = None) -> list[Path]:
     """Draw learning against forgetting: a point per run, and the front of each method as a step line.
 
     Args:
         results: Runs by name.
         path: The picture, by its name without suffix or with .png.
-        learning: What learning is measured by, as a path in the metrics.
         probe: What forgetting is measured by; the first probe if not given.
 
     Returns:
         The files: a PNG and an SVG.
 
     Raises:
-        ConfigError: There is no such metric or probe.
+        ConfigError: There is no such probe, or no run has what is drawn.
         MissingDependencyError: matplotlib is not installed.
         OutputError: A file could not be written.
     """
     names = probe_names(results)
-    if not names or (probe is not None and probe not in names):
-        raise ConfigError(f"probe {probe or ''!r} is in none of the results; there are {', '.join(names)}")
+    if not names:
+        raise ConfigError("nothing was probed for forgetting; give probes")
+    if probe is not None and probe not in names:
+        raise ConfigError(f"probe {probe!r} is in none of the results; there are {', '.join(names)}")
     probe = probe or names[0]
     points: dict[str, list[Point]] = {}
+    learned_by: list[str] = []
     measures = set()
     for name, run in results.items():
         of_probe = run["metrics"]["probes"].get(probe)
-        learned = metric(run, learning)
-        if of_probe is not None and learned is not None:
+        learned, metric = learning(run), learning_metric(run)
+        if of_probe is not None and learned is not None and metric is not None:
             points.setdefault(method_of(name), []).append((of_probe["forgetting"], learned))
+            learned_by.append(WORDS[metric])
             measures.add(of_probe["metric"])
     if not points:
-        raise ConfigError(f"no run has {learning!r} beside probe {probe!r}; choose another metric")
+        raise ConfigError(f"no run has F1 of facts beside probe {probe!r}; give facts with questions")
     (measure,) = measures
     figure = _draw(
         points,
         across=f"forgetting: {WORDS[measure]} on {probe}, relative loss",
-        up=f"learning: {WORDS.get(learning, learning)}",
+        up=f"learning: {' or '.join(dict.fromkeys(learned_by))}",
     )
     return _save(figure, path.with_suffix(""))
 

@@ -35,26 +35,16 @@ def method_of(name: str) -> str:
     return name.partition(".")[0]
 
 
-def metric(result: Mapping[str, Any], path: str) -> Any:
-    """Look up a metric by its path, such as "facts.heldout_f1".
-
-    Raises:
-        ConfigError: There is none; the message names those that are there.
-    """
-    value = result["metrics"]
-    for name in path.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            known = ", ".join(value) if isinstance(value, Mapping) else "none"
-            raise ConfigError(f"metric {path!r} has no {name!r}; there are {known}")
-        value = value[name]
-    return value
-
-
-def learning(result: Mapping[str, Any]) -> float:
+def learning_metric(result: Mapping[str, Any]) -> str | None:
     """What methods are chosen by: F1 in held-out wordings, or in the trained ones if there are no others."""
     facts = result["metrics"]["facts"]
-    scores = (facts["heldout_f1"], facts["seen_f1"])
-    return next((float(score) for score in scores if score is not None), 0.0)
+    return next((name for name in ("heldout_f1", "seen_f1") if facts[name] is not None), None)
+
+
+def learning(result: Mapping[str, Any]) -> float | None:
+    """The value of `learning_metric`; None if facts were asked for in no wording."""
+    metric = learning_metric(result)
+    return None if metric is None else float(result["metrics"]["facts"][metric])
 
 
 def probe_names(results: Results) -> list[str]:
@@ -73,10 +63,10 @@ def best_runs(results: Results, development: Results | None = None) -> dict[str,
         Runs by method, one per seed, methods in the order of `results`.
 
     Raises:
-        ConfigError: A method has no run here at the setting that was chosen.
+        ConfigError: A method has no run here at the setting that was chosen, or two of one seed.
     """
     chosen = {
-        method: max(settings, key=lambda setting: mean([learning(run) for run in settings[setting]]))
+        method: max(settings, key=lambda setting: mean([learning(run) or 0.0 for run in settings[setting]]))
         for method, settings in _by_setting(development or results).items()
     }
     best = {}
@@ -96,5 +86,8 @@ def _by_setting(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
     for name, run in results.items():
         options = {option: run["config"][option] for option in SETTING if option in run["config"]}
         settings = grouped.setdefault(method_of(name), {})
-        settings.setdefault(json.dumps(options, sort_keys=True), []).append(run)
+        runs = settings.setdefault(json.dumps(options, sort_keys=True), [])
+        if run["seed"] in [other["seed"] for other in runs]:
+            raise ConfigError(f"{name} has the setting and seed of another run of that method; remove one")
+        runs.append(run)
     return grouped

@@ -7,7 +7,9 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +23,7 @@ from sparsemem import console
 from sparsemem.config import FinetuneConfig, MemoryConfig, from_json, to_json
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError, SparsememError
-from sparsemem.evaluation.evaluate import Evaluation, FactScores
-from sparsemem.evaluation.generate import answer_questions
+from sparsemem.evaluation.evaluate import Evaluation, FactScores, answer_tokens, recall
 from sparsemem.evaluation.metrics import f1, mean
 from sparsemem.evaluation.probes import Probe, ProbeScore, load_probes
 from sparsemem.files import read_json, write_json
@@ -35,6 +36,7 @@ from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.study.attach import attach_to_folder
 from sparsemem.study.learn import measure, metrics, num_base_values, train
 from sparsemem.study.provenance import provenance
+from sparsemem.training.finetune import build_examples
 
 KNOWN_FROM = 0.5
 """F1 from which the base model counts as knowing a fact."""
@@ -166,11 +168,14 @@ def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
         SparsememError: Something given is not usable, or the run failed.
     """
     started = time.perf_counter()
+    origin = provenance(data=spec.files)  # now, as code and data may be edited while this runs
     config = spec.finetune_config
     facts, probes, background = spec.load_facts(), load_probes(spec.probes), spec.load_background()
     model, tokenizer, usage = _load(spec, background, cache)
     if spec.known_wrong_only:
         facts = _unknown(base_scores(model, tokenizer, facts, [], spec, cache), facts)
+    if config.stream:
+        _check_stream(tokenizer, facts, usage, config)
     before = base_scores(model, tokenizer, facts, probes, spec, cache)
     num_base, model_sha = num_base_values(model), fingerprint(base_weights(model))
     exact_sha = _exact_sha(model)
@@ -190,7 +195,9 @@ def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "scores": {"before": _question_scores(before), "after": _question_scores(after)},
         "seed": config.seed,
         "seconds": round(time.perf_counter() - started, 1),
-        **provenance(model_sha=model_sha, data=spec.files),
+        **origin,
+        "model_sha": model_sha,
+        "peak_bytes": provenance()["peak_bytes"],
     }
 
 
@@ -199,42 +206,59 @@ class _Stream:
 
     def __init__(self, tokenizer: Any, facts: Sequence[Fact], spec: RunSpec) -> None:
         self.tokenizer, self.facts, self.prompt = tokenizer, facts, spec.prompt
+        self.max_new_tokens = answer_tokens(tokenizer, facts)
         self.size = spec.finetune_config.facts_per_batch
-        self.right_after: list[float] = []
+        self.right_after: list[dict[str, list[float]]] = []
 
     def ask(self, model: nn.Module) -> None:
         """Ask for the facts that were just learned."""
         start = len(self.right_after)
-        self.right_after += self._scores(model, self.facts[start : start + self.size])
+        self.right_after += self._recall(model, self.facts[start : start + self.size])
 
     def kept(self, model: nn.Module) -> dict[str, Any]:
         """Compare with what is known now, in all facts and in the first 100."""
-        at_end = self._scores(model, self.facts)
+        at_end = self._recall(model, self.facts)
         parts = {"all": slice(None), "first_100": slice(100)}
         return {
             name: {
                 "num": len(at_end[part]),
-                "right_after": mean(self.right_after[part]),
-                "at_end": mean(at_end[part]),
+                **{
+                    wording: {
+                        "right_after": _mean_of(wording, self.right_after[part]),
+                        "at_end": _mean_of(wording, at_end[part]),
+                    }
+                    for wording in ("seen", "heldout")
+                },
             }
             for name, part in parts.items()
         }
 
-    def _scores(self, model: nn.Module, facts: Sequence[Fact]) -> list[float]:
-        """Mean F1 of each fact over its held-out questions, or its trained ones where it has no others."""
-        asked = [fact.heldout_questions or fact.questions for fact in facts]
-        questions = [question for of_fact in asked for question in of_fact]
-        answers = dict(
-            zip(
-                questions,
-                answer_questions(model, self.tokenizer, questions, prompt=self.prompt),
-                strict=True,
-            )
-        )
+    def _recall(self, model: nn.Module, facts: Sequence[Fact]) -> list[dict[str, list[float]]]:
+        """F1 of the questions of each fact."""
+        scores = recall(model, self.tokenizer, facts, self.prompt, self.max_new_tokens)
+        seen, heldout = iter(scores.seen_scores), iter(scores.heldout_scores)
         return [
-            mean([f1(answers[question], fact.answers) for question in of_fact])
-            for fact, of_fact in zip(facts, asked, strict=True)
+            {
+                "seen": list(itertools.islice(seen, 1 if fact.question else 0)),
+                "heldout": list(itertools.islice(heldout, len(fact.heldout_questions))),
+            }
+            for fact in facts
         ]
+
+
+def _mean_of(wording: str, facts: Sequence[dict[str, list[float]]]) -> float | None:
+    scores = [score for fact in facts for score in fact[wording]]
+    return mean(scores) if scores else None
+
+
+def _check_stream(tokenizer: Any, facts: Sequence[Fact], usage: Usage | None, config: FinetuneConfig) -> None:
+    """Raise DataError if training would leave facts out, and others have their turns."""
+    num = len(facts) - len(build_examples(facts, tokenizer, usage, config, random.Random(config.seed)))
+    if num:
+        raise DataError(
+            f"{num} of {len(facts)} facts have nothing to learn within max_length={config.max_length}, "
+            "and a stream asks for each after its turn; remove or shorten them"
+        )
 
 
 def base_scores(

@@ -1,6 +1,7 @@
 """Many runs: a grid of options, each run in a process of its own, each result a file."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -27,7 +28,7 @@ GRACE_SECONDS = 3.0
 """What a process gets to end by itself after Ctrl-C, which a terminal sends to all of them."""
 
 PLACES = ("model", "facts", "probes", "background")
-"""Options that are paths, which differ between machines; what they hold is in `data_sha`."""
+"""Options that are paths, which differ between machines; their last parts do not."""
 
 
 def expand(name: str, options: Mapping[str, Any]) -> dict[str, RunSpec]:
@@ -102,7 +103,7 @@ def run_all(specs: Mapping[str, RunSpec], results: Path, *, jobs: int = 1, cache
         _check_same(paths[name], specs[name])
     waiting = [name for name in specs if not paths[name].exists()]
     check([specs[name] for name in waiting])
-    logs = {name: cache / "runs" / results.resolve().parent.name / f"{name}.log" for name in waiting}
+    logs = {name: _log_folder(results, cache) / f"{name}.log" for name in waiting}
     num_done = 0
     failed: dict[str, str] = {}
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -153,13 +154,30 @@ def _check_same(path: Path, spec: RunSpec) -> None:
     found = read_json(path)
     config = found.get("config", {})
     for option, value in spec.described().items():
-        if option not in PLACES and config.get(option, value) != value:
+        if _named(option, config.get(option, value)) != _named(option, value):
             raise ConfigError(
                 f"{path} was run with {option}={config[option]!r}, not {value!r}; "
                 "remove it or choose another folder"
             )
     if found.get("data_sha") != data_sha(spec.files):
         raise ConfigError(f"{path} was run on other data; remove it or choose another folder")
+
+
+def _named(option: str, value: Any) -> Any:
+    """Take the names of what is at a place; other values stay as they are."""
+    if option not in PLACES:
+        return value
+    sources = [value] if isinstance(value, str) else value
+    if option != "probes":
+        return [Path(source).name for source in sources]
+    named = [source.partition("=") for source in sources]
+    return [(name, Path(source).name) for name, _, source in named]
+
+
+def _log_folder(results: Path, cache: Path) -> Path:
+    folder = results.resolve()
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    return cache / "runs" / f"{folder.parent.name}-{digest}"
 
 
 def _start(spec: RunSpec, result: Path, log: Path, jobs: int, cache: Path) -> "subprocess.Popen[bytes]":

@@ -101,16 +101,20 @@ def paired(results: Results, development: Results | None = None) -> Table:
     """
     best = best_runs(results, development)
     first = next(iter(best))
-    probes = list(next(iter(best.values()))[0]["scores"]["after"]["probes"])
+    everything = [run for runs in best.values() for run in runs]
+    probes = list(dict.fromkeys(name for run in everything for name in run["scores"]["after"]["probes"]))
     rows = []
     for method, runs in best.items():
         learned, reference = (_scores(of, "after", "heldout") for of in (runs, best[first]))
-        differences = [NOTHING if method == first or not learned else _interval(learned, reference)]
+        differences = [
+            NOTHING if method == first or not (learned and reference) else _interval(learned, reference)
+        ]
         for name in probes:
-            after, before = (_scores(runs, when, "probes", name) for when in ("after", "before"))
-            differences.append(_interval(after, before))
+            probed = [run for run in runs if name in run["scores"]["after"]["probes"]]
+            after, before = (_scores(probed, when, "probes", name) for when in ("after", "before"))
+            differences.append(_interval(after, before) if probed else NOTHING)
         rows.append((method, *differences))
-    titles = (f"{name} against base" for name in probes)
+    titles = (f"{_probe_title(name, results)} against base" for name in probes)
     return Table(("method", f"held-out F1 against {first}", *titles), tuple(rows))
 
 
@@ -156,15 +160,25 @@ def _columns(results: Results) -> list[_Column]:
 
 
 def _probe_columns(name: str, results: Results) -> list[_Column]:
-    probes = (run["metrics"]["probes"] for run in results.values())
-    metric = next(probe[name]["metric"] for probe in probes if name in probe)
+    metric = _probe_metric(name, results)
     before, after = _at("probes", name, "before"), _at("probes", name, "after")
-    title = f"{name} {METRIC_NAMES.get(metric, metric)}, change"
+    title = f"{_probe_title(name, results)}, change"
     if metric in LOWER_IS_BETTER:
         return [_Column(title, _at("probes", name, "forgetting"), "+.1%", base=before)]
     change = _Column(title, _difference(before, after), "+.3f", base=before)
     kept = _Column(f"{name} kept", _at("probes", name, "retention"), ".1%")
     return [kept, change] if metric == "f1" else [change]
+
+
+def _probe_metric(name: str, results: Results) -> str:
+    probes = (run["metrics"]["probes"] for run in results.values())
+    metric: str = next(probe[name]["metric"] for probe in probes if name in probe)
+    return metric
+
+
+def _probe_title(name: str, results: Results) -> str:
+    metric = _probe_metric(name, results)
+    return f"{name} {METRIC_NAMES.get(metric, metric)}"
 
 
 def _at(*path: str) -> Get:

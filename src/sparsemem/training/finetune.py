@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
@@ -21,7 +21,7 @@ from sparsemem.slots.usage import Usage
 from sparsemem.training.examples import Example, FactBatch, collate_parts, encode_wording
 from sparsemem.training.methods import DenseWeights, SparseMemory
 from sparsemem.training.paraphrase import with_own_paraphrases, wordings
-from sparsemem.training.penalties import Guards, build_guards
+from sparsemem.training.penalties import Guards, build_guards, check_guards
 from sparsemem.training.precision import MixedPrecision
 
 
@@ -35,7 +35,7 @@ class FinetuneResult:
         losses: Mean loss per label of each optimizer step.
         evaluations: What `evaluate` returned, as (epoch, value), or (batch, value) of a stream.
         num_trained: Numbers that moved.
-        seconds: Wall time of the training loop, evaluations left out.
+        seconds: Wall time of the training loop; evaluations, and what penalties prepare, left out.
     """
 
     model: nn.Module
@@ -73,11 +73,14 @@ def finetune(
         The delta, and how it went.
 
     Raises:
+        ConfigError: The scheduler is unknown, or there is no background for a penalty or replay.
         DataError: No fact has anything to learn.
         PoolMismatchError: Usage is missing or was counted on another pool.
         TrainingDivergedError: A loss is not finite; a memory is put back to what it was.
     """
     config = config or FinetuneConfig()
+    _check_scheduler(config.lr_scheduler)
+    check_guards(background, config)
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
     if config.num_own_paraphrases:
@@ -146,8 +149,8 @@ def _train_step(
                     loss = -label_log_probs(method.model, *part.model_inputs).sum() / num_labels
                 (guards.fact_weight * loss).backward()
             total += loss.item()
-    guards.add_gradients(len(drawn))
-    return total
+    guard_loss = guards.add_gradients(len(drawn))
+    return total if math.isfinite(guard_loss) else guard_loss
 
 
 def _draw(batch: FactBatch, num: int, rng: random.Random) -> list[Example]:
@@ -208,6 +211,11 @@ def _rounds(
             tuple(tuple(by_fact[index]) for index in order[start : start + size])
             for start in range(0, len(order), size)
         ]
+
+
+def _check_scheduler(name: str) -> None:
+    if name not in (known := [kind.value for kind in SchedulerType]):
+        raise ConfigError(f"lr_scheduler={name!r} is unknown; use one of {', '.join(known)}")
 
 
 def _schedule(name: str, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class SparseMemory:
         too, the reads are collected before, in a pass that ends at the memory.
         """
         chosen: set[str] = set()
+        anchored = _facts_with_subject(batch)
         if self.shares_pools or len(parts) > 1 or not _holds(parts[0], batch):
             for name, slot_ids in self._beforehand(batch, parts[0].input_ids.device).items():
                 self._activate(name, slot_ids)
@@ -94,7 +95,7 @@ class SparseMemory:
         def choose(layer: MemoryLayer, reads: Reads) -> None:
             if layer.pool_name not in chosen:
                 chosen.add(layer.pool_name)
-                countable = [self._countable(parts[0], reads)]
+                countable = [self._countable(parts[0], reads, anchored)]
                 self._activate(layer.pool_name, self._select(layer.pool_name, countable))
 
         with before_read(self.model, choose):
@@ -127,16 +128,17 @@ class SparseMemory:
         """Numbers that were changed."""
         return delta.num_values if delta else 0
 
-    def _countable(self, batch: Batch, reads: Reads) -> tuple[Tensor, Tensor, Tensor]:
+    def _countable(
+        self, batch: Batch, reads: Reads, anchored: Collection[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the slots read where it counts, the weight of each read, and its fact.
 
-        Padding never counts; where the selection is anchored only tokens of the subject do, unless a
-        fact has none anywhere in its wordings.
+        Padding never counts; where the selection is anchored only tokens of the subject do, in the
+        facts that have one somewhere in their wordings.
         """
         counts = batch.attention_mask.bool()
         if self.config.anchor != "all":
             marks = ANCHORS[self.config.anchor](batch.is_subject)
-            anchored = {e.fact_index for e in batch.examples if any(e.is_subject)}
             has_subject = torch.tensor(
                 [e.fact_index in anchored for e in batch.examples], device=counts.device
             )
@@ -160,11 +162,12 @@ class SparseMemory:
     def _select_beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Tensor]:
         for pool in self.pools.values():
             pool.deactivate()
+        anchored = _facts_with_subject(batch)
         countable: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.pools}
         for part in collate_parts(itertools.chain(*batch), 1, device):
 
             def collect(layer: MemoryLayer, reads: Reads, part: Batch = part) -> None:
-                countable[layer.pool_name].append(self._countable(part, reads))
+                countable[layer.pool_name].append(self._countable(part, reads, anchored))
 
             with self.cache.reuse(part):
                 observe_reads(
@@ -237,6 +240,10 @@ class DenseWeights:
     def num_trainable(self, _delta: SparseDelta | None) -> int:
         """Numbers that could change."""
         return sum(parameter.numel() for parameter in self.trained)
+
+
+def _facts_with_subject(batch: FactBatch) -> set[int]:
+    return {example.fact_index for wordings in batch for example in wordings if any(example.is_subject)}
 
 
 def _holds(part: Batch, batch: FactBatch) -> bool:

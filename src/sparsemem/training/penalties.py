@@ -220,19 +220,12 @@ def build_guards(
         config: Options; `penalty`, `penalty_weight`, `replay_fraction`, `mixed_precision` and `seed`.
 
     Raises:
-        ConfigError: There is no background for what is asked, or the penalty does not suit the method.
+        ConfigError: There is no background for what is asked.
         DataError: No background text has two tokens.
     """
+    check_guards(background, config)
     if config.penalty == "none" and not config.replay_fraction:
         return Guards()
-    if config.penalty == "ewc" and config.method != "full":
-        raise ConfigError(
-            f"penalty='ewc' does not suit method={config.method!r}: what that trains starts as nothing, so "
-            "its Fisher information says nothing of the base; use penalty='kl' or method='full'"
-        )
-    if not background:
-        asked = f"penalty={config.penalty!r}, replay_fraction={config.replay_fraction}"
-        raise ConfigError(f"{asked} need background text, and there is none; give some hundred documents")
     documents = Background(tokenizer, background, config.seed)
     device = _device(model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
@@ -246,6 +239,13 @@ def build_guards(
     if config.replay_fraction:
         guards.append(Replay(model, documents, config.replay_fraction, autocast))
     return Guards(tuple(guards), fact_weight=1 - config.replay_fraction)
+
+
+def check_guards(background: Sequence[str], config: FinetuneConfig) -> None:
+    """Raise ConfigError if a penalty or replay is asked for and there is no background text."""
+    if (config.penalty != "none" or config.replay_fraction) and not background:
+        asked = f"penalty={config.penalty!r}, replay_fraction={config.replay_fraction}"
+        raise ConfigError(f"{asked} need background text, and there is none; give some hundred documents")
 
 
 def diagonal_fisher(
