@@ -16,6 +16,14 @@ def test_results_in_the_readme_are_those_of_the_files():
     assert with_table(README) == README
 
 
+def test_tables_of_experiments_in_the_readme_are_those_of_the_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    with_table = runpy.run_path(str(ROOT / "experiments" / "table.py"))["with_table"]
+    for name in re.findall(r"<!-- (\w+):begin -->", README):
+        if name != "demo":  # which has a table of its own
+            assert with_table(README, name) == README
+
+
 def test_python_in_the_readme_runs(tmp_path, monkeypatch, model_folder, texts):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     (fact,) = re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)

@@ -181,12 +181,14 @@ def test_ctrl_c_ends_the_runs_and_leaves_nothing_half_written(full, sweep_here, 
         log = sweep._log_folder(tmp_path / "results", tmp_path / "cache") / "endless.log"
         while not (log.exists() and "learn 4 facts" in log.read_text()):
             time.sleep(0.05)
+        # As a terminal does, to all of them.
         os.kill(os.getpid(), signal.SIGINT)
+        processes[0].send_signal(signal.SIGINT)
 
     processes = []
     original = sweep._start
     monkeypatch.setattr(sweep, "_start", start)
-    monkeypatch.setattr(sweep, "GRACE_SECONDS", 5.0)
+    monkeypatch.setattr(sweep, "GRACE_SECONDS", 60.0)
     endless = dataclasses.replace(full, config={**FULL, "num_epochs": 10**6})
     killer = threading.Thread(target=interrupt, daemon=True)
     killer.start()
