@@ -172,7 +172,17 @@ def test_a_run_that_is_killed_is_told_with_its_log(full, sweep_here, tmp_path, m
     assert failed == {"full": f"ended by SIGKILL; see {log}"}
 
 
-def test_ctrl_c_ends_the_runs_and_leaves_nothing_half_written(full, sweep_here, tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C works even where the tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_runs_and_leaves_nothing_half_written(
+    ctrl_c, full, sweep_here, tmp_path, monkeypatch
+):
     def start(*args):
         processes.append(original(*args))
         return processes[-1]
