@@ -19,7 +19,7 @@ from typing import Any
 
 from sparsemem import console
 from sparsemem.data import is_question, occurrences, read_rows, split_text
-from sparsemem.errors import MissingFileError, SparsememError
+from sparsemem.errors import MissingFileError
 from sparsemem.evaluation.metrics import f1
 from sparsemem.files import write_jsonl
 from sparsemem.prompts import qa_question
@@ -35,13 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the raw data sets")
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write to")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         for name, num_rows in prepare(args.data, args.out):
             print(f"{name}.jsonl {num_rows}", flush=True)
-    except SparsememError as error:
-        console.say(f"error: {error}", style="red")
-        return error.exit_code
-    return 0
+
+    return console.exit_code(run)
 
 
 def prepare(data: Path, out: Path) -> Iterator[tuple[str, int]]:

@@ -18,7 +18,7 @@ import yaml
 
 from sparsemem import console
 from sparsemem.cli.demo import installed_data
-from sparsemem.errors import ConfigError, MissingFileError, SparsememError
+from sparsemem.errors import ConfigError, MissingFileError
 from sparsemem.study.run import RunSpec
 from sparsemem.study.sweep import expand, run_all
 
@@ -44,24 +44,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results, if another")
     parser.add_argument("--data-dir", type=Path, default=CACHE / "data", metavar="DIR", help="what {data} is")
     args = parser.parse_args(argv)
+    return console.exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     folder = HERE / args.name
-    try:
-        known = load_specs(folder, args.data_dir)
-        specs = {name: spec for name, spec in known.items() if re.search(args.only, name)}
-        if not specs:
-            raise ConfigError(
-                f"--only {args.only!r} matches no run; there are {', '.join([*known][:5])}, ..."
-            )
-        if args.list:
-            print("\n".join(specs))
-            return 0
-        failed = run_all(specs, args.out or folder / "results", jobs=args.jobs, cache=CACHE)
-    except SparsememError as error:
-        console.say(f"error: {error}", style="red")
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.say("stopped; nothing was half-written")
-        return 130
+    known = load_specs(folder, args.data_dir)
+    specs = {name: spec for name, spec in known.items() if re.search(args.only, name)}
+    if not specs:
+        raise ConfigError(f"--only {args.only!r} matches no run; there are {', '.join([*known][:5])}, ...")
+    if args.list:
+        print("\n".join(specs))
+        return 0
+    failed = run_all(specs, args.out or folder / "results", jobs=args.jobs, cache=CACHE)
     return 1 if failed else 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from run import read_default
 
 from sparsemem import console
-from sparsemem.errors import ConfigError, MissingDependencyError, SparsememError
+from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.study.figures import pareto
 from sparsemem.study.results import load_results
 from sparsemem.study.table import comparison, paired, with_block
@@ -33,20 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--beside", type=Path, metavar="DIR", help="folder of results to compare with these")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     args = parser.parse_args(argv)
-    try:
-        if args.beside:
-            print(f"{args.beside}:\n\n{comparison(load_results(args.beside)).markdown()}\n{args.name}:\n")
-            print(render(args.name), end="")
-            return 0
+    return console.exit_code(lambda: show(args))
+
+
+def show(args: argparse.Namespace) -> None:
+    if args.beside:
+        print(f"{args.beside}:\n\n{comparison(load_results(args.beside)).markdown()}\n{args.name}:\n")
         print(render(args.name), end="")
-        if args.readme:
-            text = with_table(README.read_text(encoding="utf-8"), args.name)
-            README.write_text(text, encoding="utf-8")
-        plot(args.name, args.probe)
-    except SparsememError as error:
-        console.say(f"error: {error}", style="red")
-        return error.exit_code
-    return 0
+        return
+    print(render(args.name), end="")
+    if args.readme:
+        text = with_table(README.read_text(encoding="utf-8"), args.name)
+        README.write_text(text, encoding="utf-8")
+    plot(args.name, args.probe)
 
 
 def plot(name: str, probe: str | None) -> None:

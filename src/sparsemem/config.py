@@ -144,6 +144,11 @@ class FinetuneConfig:
             raise ConfigError(f"penalty_weight={self.penalty_weight} is negative; use 0 or more")
 
     @property
+    def is_guarded(self) -> bool:
+        """Whether background text is to hold the model back: by a penalty or replay."""
+        return self.penalty != "none" or self.replay_fraction > 0
+
+    @property
     def lr(self) -> float:
         """The learning rate, or the default of the method."""
         if self.learning_rate is not None:

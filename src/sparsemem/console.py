@@ -2,13 +2,15 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from sparsemem.errors import SparsememError
 
 
 class Step(Protocol):
@@ -74,3 +76,19 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
     stderr.print(shown)
+
+
+def exit_code(run: Callable[[], int | None]) -> int:
+    """Run a command's work; say its error in a line.
+
+    Returns:
+        What `run` returns, or 0; 2 for a user's mistake, 1 for a run that failed, 130 after Ctrl-C.
+    """
+    try:
+        return run() or 0
+    except SparsememError as error:
+        say(f"error: {error}", style="red")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("stopped; nothing was half-written")
+        return 130

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparsemem.errors import DataError, MissingDependencyError, MissingFileError
+
+RowT = TypeVar("RowT")
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".csv")
 
@@ -89,9 +91,7 @@ def load_facts(source: str | Path) -> list[Fact]:
         MissingFileError: A local file does not exist.
         DataError: A row is malformed (named by file and line), two share an id, or there is none.
     """
-    facts = [parse_fact(row, where) for where, row in read_rows(source)]
-    if not facts:
-        raise DataError(f"{source} has no facts; give at least one row")
+    facts = _parsed(source, parse_fact, "facts")
     seen: dict[str, int] = {}
     for number, fact in enumerate(facts, 1):
         if fact.id in seen:
@@ -131,10 +131,7 @@ def load_questions(source: str | Path) -> list[Question]:
         MissingFileError: A local file does not exist.
         DataError: A row is malformed (named by file and line), or there is none.
     """
-    questions = [_question(row, where) for where, row in read_rows(source)]
-    if not questions:
-        raise DataError(f"{source} has no questions; give at least one row")
-    return questions
+    return _parsed(source, _question, "questions")
 
 
 def load_completions(source: str | Path) -> list[Completion]:
@@ -144,10 +141,7 @@ def load_completions(source: str | Path) -> list[Completion]:
         MissingFileError: A local file does not exist.
         DataError: A row is malformed (named by file and line), or there is none.
     """
-    completions = [_completion(row, where) for where, row in read_rows(source)]
-    if not completions:
-        raise DataError(f"{source} has no completions; give at least one row")
-    return completions
+    return _parsed(source, _completion, "completions")
 
 
 def load_texts(source: str | Path, *, max_chars: int = 2000) -> list[str]:
@@ -194,6 +188,13 @@ def _cut(line: str, max_chars: int) -> Iterator[str]:
         yield line[:end].rstrip()
         line = line[end:].lstrip()
     yield line
+
+
+def _parsed(source: str | Path, parse: Callable[[dict[str, Any], str], RowT], kind: str) -> list[RowT]:
+    parsed = [parse(row, where) for where, row in read_rows(source)]
+    if not parsed:
+        raise DataError(f"{source} has no {kind}; give at least one row")
+    return parsed
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:

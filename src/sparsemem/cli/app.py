@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import sparsemem
 from sparsemem import console
 from sparsemem.cli import compare, demo, learn, model
-from sparsemem.errors import SparsememError
 
 COMMANDS = (
     model.add_attach,
@@ -40,15 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for a user's mistake, 1 for a run that failed, 130 after Ctrl-C.
     """
     args = build_parser().parse_args(argv)
-    try:
-        args.run(args)
-    except SparsememError as error:
-        console.say(f"error: {error}", style="red")
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.say("stopped; nothing was half-written")
-        return 130
-    return 0
+    return console.exit_code(lambda: args.run(args))
 
 
 if __name__ == "__main__":

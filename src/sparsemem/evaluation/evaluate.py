@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsemem.data import Fact
 from sparsemem.evaluation.generate import answer_questions
-from sparsemem.evaluation.metrics import contains_answer, exact_match, f1, forgetting, mean
+from sparsemem.evaluation.metrics import contains_answer, exact_match, f1, forgetting, mean_or_none
 from sparsemem.evaluation.probes import LOWER_IS_BETTER, Probe, ProbeScore, score_probe
 from sparsemem.prompts import PromptFormat
 
@@ -124,24 +124,20 @@ def recall(
     seen_scores, heldout_scores = score(f1, seen), score(f1, heldout)
     return FactScores(
         num=len(facts),
-        seen_f1=_mean(seen_scores),
-        seen_em=_mean(score(exact_match, seen)),
-        heldout_f1=_mean(heldout_scores),
-        heldout_em=_mean(score(exact_match, heldout)),
-        heldout_recall=_mean(score(contains_answer, heldout)),
+        seen_f1=mean_or_none(seen_scores),
+        seen_em=mean_or_none(score(exact_match, seen)),
+        heldout_f1=mean_or_none(heldout_scores),
+        heldout_em=mean_or_none(score(exact_match, heldout)),
+        heldout_recall=mean_or_none(score(contains_answer, heldout)),
         answers=answers,
         seen_scores=tuple(seen_scores),
         heldout_scores=tuple(heldout_scores),
     )
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return mean(values) if values else None
-
-
 def retention(before: ProbeScore, after: ProbeScore) -> float | None:
     """Share of the answers that were right before and still are; None where nothing was right."""
-    return _mean([float(a) for b, a in zip(before.right, after.right, strict=True) if b])
+    return mean_or_none([float(a) for b, a in zip(before.right, after.right, strict=True) if b])
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def forgetting(before: float, after: float, *, higher_is_better: bool) -> float:
     return change / before
 
 
+def mean_or_none(values: Sequence[float]) -> float | None:
+    """Arithmetic mean; None of nothing."""
+    return mean(values) if values else None
+
+
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean; 0.0 of nothing."""
     return sum(values) / len(values) if values else 0.0

@@ -41,11 +41,16 @@ def provenance(*, model_sha: str = "", data: Iterable[str | Path] = ()) -> dict[
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        # Linux counts in units of 1,024 bytes.
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
         "model_sha": model_sha,
         "data_sha": data_sha(data),
     }
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held so far."""
+    # Linux counts in units of 1,024 bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def data_sha(paths: Iterable[str | Path]) -> str:

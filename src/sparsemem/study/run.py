@@ -22,9 +22,9 @@ from torch import nn
 from sparsemem import console
 from sparsemem.config import FinetuneConfig, MemoryConfig, from_json, to_json
 from sparsemem.data import Fact, load_facts, load_texts
-from sparsemem.errors import ConfigError, DataError, OutputError, SparsememError
+from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import Evaluation, FactScores, answer_tokens, recall
-from sparsemem.evaluation.metrics import f1, mean
+from sparsemem.evaluation.metrics import f1, mean_or_none
 from sparsemem.evaluation.probes import Probe, ProbeScore, load_probes
 from sparsemem.files import read_json, write_json
 from sparsemem.memory.attach import memory_layers, pools
@@ -35,7 +35,7 @@ from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.study.attach import attach_to_folder
 from sparsemem.study.learn import measure, metrics, num_base_values, train
-from sparsemem.study.provenance import provenance
+from sparsemem.study.provenance import peak_bytes, provenance
 from sparsemem.training.finetune import build_examples
 
 KNOWN_FROM = 0.5
@@ -114,7 +114,7 @@ class RunSpec:
     def needs_background(self) -> bool:
         """Whether ordinary text is needed: by a memory, a penalty or replay."""
         config = self.finetune_config
-        return config.method == "memory" or config.penalty != "none" or config.replay_fraction > 0
+        return config.method == "memory" or config.is_guarded
 
     @property
     def files(self) -> list[Path]:
@@ -140,7 +140,8 @@ class RunSpec:
 
     def load_background(self) -> list[str]:
         """Read the background, if it is needed."""
-        return [text for source in self.background for text in load_texts(source) if self.needs_background]
+        texts = [text for source in self.background for text in load_texts(source)]
+        return texts if self.needs_background else []
 
     def described(self) -> dict[str, Any]:
         """Every option with its value, those of `FinetuneConfig` under their own names."""
@@ -178,7 +179,7 @@ def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
         _check_stream(tokenizer, facts, usage, config)
     before = base_scores(model, tokenizer, facts, probes, spec, cache)
     num_base, model_sha = num_base_values(model), fingerprint(base_weights(model))
-    exact_sha = _exact_sha(model)
+    exact_sha = _exact_sha(model) if config.method == "memory" else ""
     stream = _Stream(tokenizer, facts, spec) if config.stream else None
     result = train(model, tokenizer, facts, usage, config, background, stream.ask if stream else None)
     trained = _in_dtype(result.model, spec.eval_dtype)
@@ -197,7 +198,7 @@ def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         **origin,
         "model_sha": model_sha,
-        "peak_bytes": provenance()["peak_bytes"],
+        "peak_bytes": peak_bytes(),
     }
 
 
@@ -247,8 +248,7 @@ class _Stream:
 
 
 def _mean_of(wording: str, facts: Sequence[dict[str, list[float]]]) -> float | None:
-    scores = [score for fact in facts for score in fact[wording]]
-    return mean(scores) if scores else None
+    return mean_or_none([score for fact in facts for score in fact[wording]])
 
 
 def _check_stream(tokenizer: Any, facts: Sequence[Fact], usage: Usage | None, config: FinetuneConfig) -> None:
@@ -365,15 +365,12 @@ def _digest(*parts: Any) -> str:
 def main(argv: Sequence[str]) -> int:
     """Perform the run of a spec file; exit codes as of the command `sparsemem`."""
     spec_path, result_path, cache = (Path(word) for word in argv)
-    try:
+
+    def run() -> None:
         spec = from_json(RunSpec, read_json(spec_path), spec_path)
         write_json(result_path, perform(spec, cache))
-    except SparsememError as error:
-        console.say(f"error: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return console.exit_code(run)
 
 
 if __name__ == "__main__":

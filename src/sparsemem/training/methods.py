@@ -86,7 +86,6 @@ class SparseMemory:
         too, the reads are collected before, in a pass that ends at the memory.
         """
         chosen: set[str] = set()
-        anchored = _facts_with_subject(batch)
         if self.shares_pools or len(parts) > 1 or not _holds(parts[0], batch):
             for name, slot_ids in self._beforehand(batch, parts[0].input_ids.device).items():
                 self._activate(name, slot_ids)
@@ -95,7 +94,7 @@ class SparseMemory:
         def choose(layer: MemoryLayer, reads: Reads) -> None:
             if layer.pool_name not in chosen:
                 chosen.add(layer.pool_name)
-                countable = [self._countable(parts[0], reads, anchored)]
+                countable = [self._countable(parts[0], reads, _facts_with_subject(batch))]
                 self._activate(layer.pool_name, self._select(layer.pool_name, countable))
 
         with before_read(self.model, choose):

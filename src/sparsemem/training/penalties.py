@@ -19,6 +19,7 @@ from sparsemem.likelihood import label_log_probs
 from sparsemem.memory.attach import memory_layers
 from sparsemem.training.examples import Batch, Example, collate, encode_wording
 from sparsemem.training.paraphrase import Wording
+from sparsemem.training.precision import bf16_autocast
 
 MAX_TOKENS = 64
 """Longer background documents are cut."""
@@ -224,11 +225,11 @@ def build_guards(
         DataError: No background text has two tokens.
     """
     check_guards(background, config)
-    if config.penalty == "none" and not config.replay_fraction:
+    if not config.is_guarded:
         return Guards()
     documents = Background(tokenizer, background, config.seed)
     device = _device(model)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
+    autocast = bf16_autocast(device, config.mixed_precision)
     guards: list[Guard] = []
     if config.penalty == "ewc":
         generator = torch.Generator(device).manual_seed(config.seed)
@@ -243,7 +244,7 @@ def build_guards(
 
 def check_guards(background: Sequence[str], config: FinetuneConfig) -> None:
     """Raise ConfigError if a penalty or replay is asked for and there is no background text."""
-    if (config.penalty != "none" or config.replay_fraction) and not background:
+    if config.is_guarded and not background:
         asked = f"penalty={config.penalty!r}, replay_fraction={config.replay_fraction}"
         raise ConfigError(f"{asked} need background text, and there is none; give some hundred documents")
 

@@ -22,9 +22,8 @@ class MixedPrecision:
     """
 
     def __init__(self, model: nn.Module, mode: str) -> None:
-        self.enabled = mode == "bf16"
-        self.device_type = next(model.parameters()).device.type
-        self.frozen = _frozen_matrices(model) if self.enabled else []
+        self.mode, self.device = mode, next(model.parameters()).device
+        self.frozen = _frozen_matrices(model) if mode == "bf16" else []
         self.copies = [weight.to(torch.bfloat16) for weight in self.frozen]
 
     @contextlib.contextmanager
@@ -41,7 +40,12 @@ class MixedPrecision:
 
     def forward(self) -> torch.autocast:
         """Context of a forward pass."""
-        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.enabled)
+        return bf16_autocast(self.device, self.mode)
+
+
+def bf16_autocast(device: torch.device, mode: str) -> torch.autocast:
+    """Return the context of a forward pass in "bf16"; with "no" it changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=mode == "bf16")
 
 
 def _frozen_matrices(model: nn.Module) -> list[Tensor]:
