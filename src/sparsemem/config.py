@@ -29,6 +29,8 @@ class MemoryConfig:
     """Slots read per head and token."""
     query_dim: int = 16
     """Width of half a key."""
+    quorum: float = 1 / 3
+    """Share of a token's reads that must find a written slot for the full answer; fewer get less of it."""
     value_dim: int | None = None
     """Width of a row; only placement="replace" may differ from the model's width."""
     shared_pool: bool = False
@@ -45,6 +47,8 @@ class MemoryConfig:
             raise ConfigError(f"layers={self.layers} names no block or one twice; pass e.g. layers=(4,)")
         _check_choices(self)
         _check_positive(self, "num_keys", "num_heads", "top_k", "query_dim")
+        if not 0 <= self.quorum <= 1:
+            raise ConfigError(f"quorum={self.quorum} is not a share; use 0 (no gate) to 1")
         if self.value_dim is not None:
             _check_positive(self, "value_dim")
         if self.top_k > self.num_keys**2:
@@ -110,8 +114,10 @@ class FinetuneConfig:
     """Memory for hidden states below the memory, so that they are computed once."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Compute in bfloat16 what allows it; weights and rows stay float32."""
-    penalty: Literal["none", "ewc", "kl"] = "none"
-    """Pull towards the base model: by its weights ("ewc", method="full" only) or its predictions ("kl")."""
+    penalty: Literal["auto", "none", "ewc", "kl", "local_kl"] = "auto"
+    """Pull to the model before: by its weights ("ewc", method="full" only), its predictions on background
+    text ("kl") or on the wordings themselves, but for the answer ("local_kl"); "auto" is "local_kl" for
+    memory, else "none"."""
     penalty_weight: float = 1.0
     """Weight of the penalty beside the loss."""
     replay_fraction: float = 0.0
@@ -146,7 +152,12 @@ class FinetuneConfig:
     @property
     def is_guarded(self) -> bool:
         """Whether background text is to hold the model back: by a penalty or replay."""
-        return self.penalty != "none" or self.replay_fraction > 0
+        return self.penalty in ("ewc", "kl") or self.replay_fraction > 0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the wordings themselves are to hold the model back."""
+        return self.penalty == "local_kl" or (self.penalty == "auto" and self.method == "memory")
 
     @property
     def lr(self) -> float:

@@ -8,11 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparsemem.files
-import sparsemem.training.finetune as finetune_module
 from sparsemem.cli.app import main
-from sparsemem.likelihood import label_log_probs
 from sparsemem.memory.checkpoint import load
 from sparsemem.slots.usage import USAGE_FILE, load_usage, save_usage
+from sparsemem.training.loss import FactLoss
 
 from .conftest import SHAPE
 
@@ -331,13 +330,14 @@ def test_a_missing_model_is_named(run, folder, inputs, monkeypatch):
 
 def test_an_update_given_to_an_older_state_of_the_folder_is_refused(run, folder, taught, inputs, monkeypatch):
     """Another process commits while this one trains."""
+    of_part = FactLoss.of_part
 
     def commit_meanwhile(*args):
         if not (folder / "deltas").exists():
             shutil.copytree(taught / "deltas", folder / "deltas")
-        return label_log_probs(*args)
+        return of_part(*args)
 
-    monkeypatch.setattr(finetune_module, "label_log_probs", commit_meanwhile)
+    monkeypatch.setattr(FactLoss, "of_part", commit_meanwhile)
     code, _, err = run(*fill(LEARN, folder, inputs))
     assert code == 2
     assert "was committed meanwhile; learn again" in error_line(err)
@@ -354,9 +354,8 @@ def test_a_full_disk_at_the_commit_leaves_the_folder_as_it_was(run, folder, inpu
 
 
 def test_a_loss_that_is_not_finite_leaves_the_folder_as_it_was(run, folder, inputs, monkeypatch):
-    monkeypatch.setattr(
-        finetune_module, "label_log_probs", lambda *args: label_log_probs(*args) * float("nan")
-    )
+    of_part = FactLoss.of_part
+    monkeypatch.setattr(FactLoss, "of_part", lambda *args: [loss * float("nan") for loss in of_part(*args)])
     check_mistake(run, folder, fill(LEARN, folder, inputs), "nothing was learned; lower", code=1)
 
 
@@ -365,7 +364,7 @@ def test_ctrl_c_leaves_the_folder_as_it_was(run, folder, inputs, monkeypatch):
         raise KeyboardInterrupt
 
     before = content(folder)
-    monkeypatch.setattr(finetune_module, "label_log_probs", stop)
+    monkeypatch.setattr(FactLoss, "of_part", stop)
     code, out, err = run(*fill(LEARN, folder, inputs))
     assert (code, out) == (130, "")
     assert "Traceback" not in err

@@ -9,6 +9,6 @@ from sparsemem.memory.attach import pools
 @pytest.fixture
 def taught(attached):
     pool = pools(attached)["layer_1"]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(2)
     pool.write(torch.arange(0, 64, 2), torch.randn(32, pool.value_dim, generator=generator))
     return attached

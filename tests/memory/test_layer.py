@@ -54,6 +54,30 @@ def test_output_is_the_weighted_sum_of_the_rows_of_all_heads():
     torch.testing.assert_close(layer(hidden), expected)
 
 
+@pytest.mark.parametrize(("share", "gate"), [(0.0, 0.0), (0.2, 0.064), (0.5, 1.0), (1.0, 1.0)])
+def test_reads_that_find_too_little_written_get_less_of_it(share, gate):
+    layer = make_layer(quorum=0.5)
+    slot_ids = torch.arange(HEADS * TOP_K).unsqueeze(0)
+    weights = torch.full((1, HEADS * TOP_K), 0.0)
+    layer.pool = Pool(SLOTS, WIDTH)
+    layer.pool.write(slot_ids[0, :1], torch.ones(1, WIDTH))
+    weights[0, 0], weights[0, 1] = share * HEADS, (1 - share) * HEADS
+    torch.testing.assert_close(layer._gate(slot_ids, weights), torch.tensor([[gate]]))
+
+
+def test_the_gate_counts_every_head_and_scales_the_whole_answer():
+    layer, plain = make_layer(quorum=1.0), make_layer()
+    hidden = some_hidden(2, 3)
+    slot_ids, weights = layer.lookup(hidden)
+    emptied = torch.arange(0, SLOTS, 3)
+    for pool in (layer.pool, plain.pool):
+        pool.write(emptied, torch.zeros(len(emptied), WIDTH))
+    written = layer.pool.holds(slot_ids)
+    share = (weights * written).sum(dim=(2, 3)) / HEADS
+    assert 0 < share.min() < share.max() <= 1
+    torch.testing.assert_close(layer(hidden), plain(hidden) * share.unsqueeze(-1) ** 3)
+
+
 def test_weights_are_a_softmax_over_the_slots_read_in_float32():
     slot_ids, weights = make_layer().lookup(some_hidden(2, 3).bfloat16())
     assert slot_ids.shape == weights.shape == (2, 3, HEADS, TOP_K)

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 
-import sparsemem.training.finetune as finetune_module
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, PoolMismatchError, TrainingDivergedError
@@ -15,6 +14,7 @@ from sparsemem.memory.delta import SparseDelta
 from sparsemem.slots.usage import count_usage
 from sparsemem.training.examples import collate
 from sparsemem.training.finetune import build_examples, finetune
+from sparsemem.training.loss import FactLoss
 from sparsemem.training.methods import ANCHORS
 
 from .conftest import USAGE_OPTIONS
@@ -144,7 +144,7 @@ def test_slots_are_chosen_in_the_forward_pass_of_the_step(attached, tiny_tokeniz
     one_part = [Fact(statement="Jov left and never came back.", subject="Jov")]
     result = finetune(attached, tiny_tokenizer, one_part, usage, config)
     assert len(result.losses) == config.num_epochs == 3
-    assert {place: len(of) for place, of in calls.items()} == {"below": 1, "reads": 3, "above": 3}
+    assert {place: len(of) for place, of in calls.items()} == {"below": 1, "reads": 3, "above": 3 + 1}
 
 
 def slots_read(model, tokenizer, facts, usage, config):
@@ -255,7 +255,14 @@ def train_densely(model, tokenizer, facts, config):
 )
 def test_training_every_slot_is_dense_training(attached, tiny_tokenizer, facts, usage, config, batching):
     config = dataclasses.replace(
-        config, optimizer="sgd", learning_rate=0.5, top_t=64, ranking="tf", anchor="all", **batching
+        config,
+        optimizer="sgd",
+        learning_rate=0.5,
+        top_t=64,
+        ranking="tf",
+        anchor="all",
+        penalty="none",
+        **batching,
     )
     # Subjects are given or none: the reference looks for none itself.
     facts = [dataclasses.replace(fact, subject=fact.subject or "Xix") for fact in facts]
@@ -328,15 +335,17 @@ def fail_at(monkeypatch, step, make):
     """Let the `step`-th loss of training be `make(loss)`."""
     calls = []
 
+    of_part = FactLoss.of_part
+
     def failing(*args):
         calls.append(1)
-        log_probs = label_log_probs(*args)
-        return make(log_probs) if len(calls) == step else log_probs
+        nll, drift = of_part(*args)
+        return (make(nll), drift) if len(calls) == step else (nll, drift)
 
-    monkeypatch.setattr(finetune_module, "label_log_probs", failing)
+    monkeypatch.setattr(FactLoss, "of_part", failing)
 
 
-def interrupt(_log_probs):
+def interrupt(_nll):
     raise KeyboardInterrupt
 
 
@@ -361,7 +370,7 @@ def test_a_loss_that_is_not_finite_ends_it_and_puts_every_row_back(
     taught, tiny_tokenizer, facts, usage, config, all_rows, logits_of, monkeypatch, value, step
 ):
     rows, logits = all_rows(taught), logits_of(taught)
-    fail_at(monkeypatch, step, lambda log_probs: log_probs * value)
+    fail_at(monkeypatch, step, lambda nll: nll * value)
     with pytest.raises(
         TrainingDivergedError, match=r"nothing was learned; lower the learning rate \(0\.05\)"
     ):

@@ -289,6 +289,7 @@ def _build_layers(
             top_k=config.top_k,
             query_dim=config.query_dim,
             placement=config.placement,
+            quorum=config.quorum,
             block_index=index,
             pool_name=name,
         )

@@ -90,6 +90,12 @@ class Pool(nn.Module):
             values = values + sparse_read(weights_TK, *self._base_table(base_ids_TK))
         return values
 
+    def holds(self, slot_ids: Tensor) -> Tensor:
+        """Tell which slots have a row, in the base table or since; bool, in the shape of `slot_ids`."""
+        if self.base is not None:
+            return torch.ones_like(slot_ids, dtype=torch.bool)
+        return self.slot_to_row[slot_ids] != IN_BASE
+
     def is_empty(self) -> bool:
         """Whether every read is zero, so that a layer may skip it altogether."""
         return self.num_rows == 0 and self.active is None and self.base is None

@@ -14,15 +14,14 @@ from transformers import SchedulerType, get_scheduler
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, PoolMismatchError, TrainingDivergedError
-from sparsemem.likelihood import label_log_probs
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.slots.subject import find_subject
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Example, FactBatch, collate_parts, encode_wording
+from sparsemem.training.examples import Example, FactBatch, encode_wording
 from sparsemem.training.methods import DenseWeights, SparseMemory
 from sparsemem.training.paraphrase import with_own_paraphrases, wordings
-from sparsemem.training.penalties import Guards, build_guards, check_guards
-from sparsemem.training.precision import MixedPrecision
+from sparsemem.training.penalties import check_guards
+from sparsemem.training.step import GradientStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +91,13 @@ def finetune(
     evaluations: list[tuple[int, Any]] = []
     seconds = 0.0
     try:
-        guards = build_guards(method.model, tokenizer, method.trained, background, config)
-        precision = MixedPrecision(method.model, config.mixed_precision)
+        gradients = GradientStep(method, tokenizer, background, config, rng)
         schedule = _schedule(config.lr_scheduler, method.optimizer, num_steps)
         for number, batches in enumerate(_rounds(by_fact, config, rng), 1):
             started = time.perf_counter()
+            gradients.observe(batches)
             for batch in batches:
-                losses.append(_train_step(method, batch, guards, precision, config, rng))
+                losses.append(gradients.add_gradients(batch))
                 if not math.isfinite(losses[-1]):
                     raise TrainingDivergedError(
                         f"the loss is {losses[-1]} at step {len(losses)}, nothing was learned; "
@@ -126,40 +125,6 @@ def finetune(
         num_trained=method.num_trainable(delta),
         seconds=seconds,
     )
-
-
-def _train_step(
-    method: SparseMemory | DenseWeights,
-    batch: FactBatch,
-    guards: Guards,
-    precision: MixedPrecision,
-    config: FinetuneConfig,
-    rng: random.Random,
-) -> float:
-    """Add up the gradients of a batch, part by part; returns its mean loss per label."""
-    device = next(method.model.parameters()).device
-    drawn = _draw(batch, config.wordings_per_step, rng)
-    parts = collate_parts(drawn, config.gradient_accumulation_steps, device)
-    num_labels = sum(part.num_labels for part in parts)
-    total = 0.0
-    with method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
-        for part in parts:
-            with method.part(part), precision.step():
-                with precision.forward():
-                    loss = -label_log_probs(method.model, *part.model_inputs).sum() / num_labels
-                (guards.fact_weight * loss).backward()
-            total += loss.item()
-    guard_loss = guards.add_gradients(len(drawn))
-    return total if math.isfinite(guard_loss) else guard_loss
-
-
-def _draw(batch: FactBatch, num: int, rng: random.Random) -> list[Example]:
-    """Draw `num` wordings of each fact; all where it has no more."""
-    return [
-        example
-        for wordings in batch
-        for example in (wordings if num >= len(wordings) else rng.sample(wordings, num))
-    ]
 
 
 def _method(model: nn.Module, usage: Usage | None, config: FinetuneConfig) -> SparseMemory | DenseWeights:

@@ -1,0 +1,132 @@
+"""The loss of facts: what is to be learned, and what is to stay as it was beside it.
+
+Shape letters: P positions, K most likely tokens, V vocabulary.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsemem.likelihood import IGNORE, before_labels, log_probs_at, next_tokens
+from sparsemem.training.examples import Batch, Example, collate_parts
+
+POSITIONS_PER_EXAMPLE = 8
+"""Positions whose predictions are compared in a step: each costs a pass through the output head."""
+TOP_TOKENS = 64
+"""Tokens whose probabilities are remembered; all others count as one."""
+EXAMPLES_PER_PASS = 32
+"""Examples in one pass of `FactLoss.observe`."""
+
+Positions = list[list[int]]
+"""Positions of each example of a part, ascending."""
+
+
+class FactLoss:
+    """Learns the labels, and keeps what the other tokens of a wording predict.
+
+    loss = mean over labels of -log p + locality * mean over positions of KL(before || now)
+
+    Only the answer is to be learned, but rows written at a name change every prediction from there on,
+    in any text that mentions it. So the divergence is taken from the subject on (everywhere, where a
+    wording names none), wherever no label is predicted, over the `TOP_TOKENS` most likely tokens and
+    everything else as one: a lower bound of the whole.
+    The idea is the essence drift of Meng et al. 2022 (arXiv:2202.05262), which holds the predictions
+    of one prompt about the subject.
+
+    Args:
+        locality: Weight of the divergence; 0 for none.
+        rng: Draws the positions.
+    """
+
+    def __init__(self, locality: float, rng: random.Random) -> None:
+        self.locality, self.rng = locality, rng
+        self._before: dict[Example, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def observe(
+        self,
+        model: Any,
+        examples: Iterable[Example],
+        forward: Callable[[Batch], contextlib.AbstractContextManager[Any]],
+    ) -> None:
+        """Remember what a model predicts now for examples not seen before, each pass within `forward`."""
+        new = [example for example in dict.fromkeys(examples) if example not in self._before]
+        if not new or not self.locality:
+            return
+        was_training, device = model.training, next(model.parameters()).device
+        model.eval()
+        for batch in collate_parts(new, -(-len(new) // EXAMPLES_PER_PASS), device):
+            positions = [_kept(example) for example in batch.examples]
+            with forward(batch):
+                log_probs_PV = log_probs_at(
+                    model, batch.input_ids, batch.attention_mask, _marked(batch, positions)
+                )
+            top = log_probs_PV.topk(min(TOP_TOKENS, log_probs_PV.shape[1]), dim=1)
+            sizes = list(map(len, positions))
+            expected = zip(top.values.split(sizes), top.indices.int().split(sizes), strict=True)
+            self._before.update(zip(batch.examples, expected, strict=True))
+        model.train(was_training)
+
+    def draw(self, part: Batch) -> Positions:
+        """Draw the positions of a part that are compared in this step."""
+        if not self.locality:
+            return [[] for _ in part.examples]
+        kept = [_kept(example) for example in part.examples]
+        return [sorted(self.rng.sample(k, min(POSITIONS_PER_EXAMPLE, len(k)))) for k in kept]
+
+    def of_part(self, model: Any, part: Batch, drawn: Positions) -> tuple[Tensor, Tensor]:
+        """Run a forward pass.
+
+        Args:
+            model: What is trained.
+            part: Examples, observed before.
+            drawn: Positions from `draw`.
+
+        Returns:
+            Sum of -log p over the labels, and locality times the sum of the divergence over positions.
+        """
+        labelled, compared = before_labels(part.labels), _marked(part, drawn)
+        either = labelled | compared
+        log_probs_PV = log_probs_at(model, part.input_ids, part.attention_mask, either)
+        is_label = labelled[either]
+        found = log_probs_PV[is_label].gather(-1, next_tokens(part.labels, labelled))
+        return -found.sum(), self.locality * self._divergence(log_probs_PV[~is_label], part, drawn)
+
+    def _divergence(self, log_probs_PV: Tensor, part: Batch, drawn: Positions) -> Tensor:
+        if not len(log_probs_PV):
+            return log_probs_PV.sum()
+        expected, tokens = [], []
+        for example, positions in zip(part.examples, drawn, strict=True):
+            log_probs, ids = self._before[example]
+            rows = [_kept(example).index(position) for position in positions]
+            expected.append(log_probs[rows])
+            tokens.append(ids[rows])
+        expected_PK = _with_rest(torch.cat(expected))
+        found_PK = _with_rest(log_probs_PV.gather(-1, torch.cat(tokens).long()))
+        return (expected_PK.exp() * (expected_PK - found_PK)).sum()
+
+
+def _kept(example: Example) -> list[int]:
+    """List the positions of an example whose predictions are to stay."""
+    start = example.is_subject.index(True) if any(example.is_subject) else 0
+    next_labels = (*example.labels[1:], IGNORE)
+    return [position for position in range(start, len(next_labels)) if next_labels[position] == IGNORE]
+
+
+def _marked(part: Batch, positions: Positions) -> Tensor:
+    """Turn the positions of each example into a mask of the part."""
+    mask = torch.zeros_like(part.attention_mask, dtype=torch.bool)
+    for row, of_example in enumerate(positions):
+        mask[row, of_example] = True
+    return mask
+
+
+def _with_rest(log_probs_PK: Tensor) -> Tensor:
+    """Append the log-probability of everything else; shape (positions, kept tokens + 1)."""
+    # Kept off 1: near it the remainder is a difference of equal numbers, and its gradient has no end.
+    total_P1 = log_probs_PK.logsumexp(dim=1, keepdim=True).clamp(max=-1e-4)
+    return torch.cat([log_probs_PK, torch.log(-torch.expm1(total_P1))], dim=1)

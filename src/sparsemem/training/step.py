@@ -1,0 +1,83 @@
+"""One optimizer step: everything that adds gradients, whatever the method."""
+
+import contextlib
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sparsemem.config import FinetuneConfig
+from sparsemem.training.examples import Batch, Example, FactBatch, collate_parts
+from sparsemem.training.loss import FactLoss
+from sparsemem.training.methods import DenseWeights, SparseMemory
+from sparsemem.training.penalties import build_guards
+from sparsemem.training.precision import MixedPrecision
+
+
+class GradientStep:
+    """Adds up the gradients of a step: facts, locality, penalties and replay.
+
+    Args:
+        method: What may move, in the state it is in before the first step.
+        tokenizer: The (fast) tokenizer of the model.
+        background: Texts for the guards that need some.
+        config: Options.
+        rng: Draws wordings.
+    """
+
+    def __init__(
+        self,
+        method: SparseMemory | DenseWeights,
+        tokenizer: Any,
+        background: Sequence[str],
+        config: FinetuneConfig,
+        rng: random.Random,
+    ) -> None:
+        self.method, self.config, self.rng = method, config, rng
+        self.device = next(method.model.parameters()).device
+        self.guards = build_guards(method.model, tokenizer, method.trained, background, config)
+        self.precision = MixedPrecision(method.model, config.mixed_precision)
+        locality = config.penalty_weight if config.is_local else 0.0
+        self.loss = FactLoss(locality, random.Random(config.seed))
+
+    def observe(self, batches: Sequence[FactBatch]) -> None:
+        """Remember what all wordings of some batches predict, before they are trained."""
+        examples = itertools.chain(*itertools.chain(*batches))
+        self.loss.observe(self.method.model, examples, self._forward)
+
+    def add_gradients(self, batch: FactBatch) -> float:
+        """Add the gradients of a batch, part by part; returns its mean loss per label.
+
+        A guard's loss that is not finite is returned in its place.
+        """
+        drawn = self._draw(batch)
+        parts = collate_parts(drawn, self.config.gradient_accumulation_steps, self.device)
+        compared = [self.loss.draw(part) for part in parts]
+        num_labels = sum(part.num_labels for part in parts)
+        num_compared = max(1, sum(map(len, itertools.chain(*compared))))
+        total = 0.0
+        with self.method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
+            for part, positions in zip(parts, compared, strict=True):
+                with self.method.part(part), self.precision.step():
+                    with self.precision.forward():
+                        nll, drift = self.loss.of_part(self.method.model, part, positions)
+                    fact_loss = nll / num_labels
+                    (self.guards.fact_weight * fact_loss + drift / num_compared).backward()
+                total += fact_loss.item()
+        guard_loss = self.guards.add_gradients(len(drawn))
+        return total if math.isfinite(guard_loss) else guard_loss
+
+    @contextlib.contextmanager
+    def _forward(self, part: Batch) -> Iterator[None]:
+        with self.method.part(part), self.precision.step(), self.precision.forward():
+            yield
+
+    def _draw(self, batch: FactBatch) -> list[Example]:
+        """Draw wordings of each fact; all where it has no more."""
+        num = self.config.wordings_per_step
+        return [
+            example
+            for wordings in batch
+            for example in (wordings if num >= len(wordings) else self.rng.sample(wordings, num))
+        ]
