@@ -29,7 +29,7 @@ class MemoryConfig:
     """Slots read per head and token."""
     query_dim: int = 16
     """Width of half a key."""
-    quorum: float = 1 / 3
+    quorum: float = 0.25
     """Share of a token's reads that must find a written slot for the full answer; fewer get less of it."""
     value_dim: int | None = None
     """Width of a row; only placement="replace" may differ from the model's width."""
@@ -62,7 +62,7 @@ class MemoryConfig:
         return self.num_keys**2
 
 
-DEFAULT_LEARNING_RATES = {"memory": 0.3, "full": 5e-5}
+DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 
 
@@ -74,8 +74,8 @@ class FinetuneConfig:
     """What may move: "memory", "full", or a PEFT type by its name ("lora", "ia3", ...)."""
     top_t: int = 128
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
-    ranking: Literal["tf_idf", "tf", "kl"] = "tf_idf"
-    """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf" or "kl"."""
+    ranking: Literal["tf_idf", "tf", "kl", "random"] = "tf_idf"
+    """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf", "kl", or by lot."""
     max_document_frequency: float = 0.02
     """Slots that a larger share of the background's documents reads are never trained."""
     anchor: Literal["subject", "subject_tail", "subject_end", "all"] = "subject_tail"
@@ -83,7 +83,7 @@ class FinetuneConfig:
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None
-    """Step size; by default 0.3 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
+    """Step size; by default 0.4 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -6,6 +6,7 @@ import pytest
 
 from sparsemem.cli.app import build_parser, main
 from sparsemem.cli.compare import grids
+from sparsemem.config import DEFAULT_LEARNING_RATES
 from sparsemem.files import read_json, write_json
 from sparsemem.study.run import perform
 from sparsemem.study.sweep import expand
@@ -93,7 +94,7 @@ def test_every_method_is_run_at_its_learning_rates_and_all_seeds(argv, inputs):
     config = spec.finetune_config
     assert (config.method, config.lr, config.seed, config.num_epochs) == ("lora", 2e-4, 4, 1)
     assert (config.peft, spec.prompt, spec.memory_config.num_keys) == ({"r": 2}, "chat", 8)
-    assert specs["memory.seed-3"].finetune_config.lr == 0.3
+    assert specs["memory.seed-3"].finetune_config.lr == DEFAULT_LEARNING_RATES["memory"]
     assert [probe.partition("=")[0] for probe in spec.probes] == ["closed", "choice", "plain"]
 
 

@@ -12,6 +12,7 @@ from sparsemem.slots.ranking import RANKINGS, kl, tf, tf_idf
 from sparsemem.slots.usage import PoolUsage
 
 every_ranking = pytest.mark.parametrize("ranking", RANKINGS.values(), ids=RANKINGS.keys())
+FORMULAS = {name: ranking for name, ranking in RANKINGS.items() if name != "random"}
 
 READS = torch.tensor([6, 0, 3, 1])
 USAGE = PoolUsage.of_pool(
@@ -69,7 +70,7 @@ def test_scores_follow_the_formulas(counts):
             for r, b in zip(reads, background, strict=True)
         ],
     }
-    for name, ranking in RANKINGS.items():
+    for name, ranking in FORMULAS.items():
         scores = ranking(torch.tensor(reads), usage)
         assert scores.dtype == torch.float32
         torch.testing.assert_close(scores, torch.tensor(by_formula[name]), rtol=1e-4, atol=1e-5)
@@ -95,7 +96,7 @@ def test_slots_that_are_not_read_score_exactly_zero(ranking):
     assert torch.equal(ranking(torch.zeros(4, dtype=torch.int64), USAGE), torch.zeros(4))
 
 
-@every_ranking
+@pytest.mark.parametrize("ranking", FORMULAS.values(), ids=FORMULAS.keys())
 @settings(max_examples=20, deadline=None)
 @given(counts=counts)
 def test_the_slots_read_score_the_same_alone_as_within_the_pool(ranking, counts):
@@ -116,6 +117,12 @@ def test_a_slot_that_every_document_reads_is_worth_nothing_to_tf_idf():
     assert tf_idf(READS, USAGE)[0] == 0.0
     assert tf(READS, USAGE).argmax() == 0
     assert kl(READS, USAGE)[0] < 0
+
+
+def test_random_scores_are_the_same_in_every_call_and_ignore_how_often_a_slot_is_read():
+    scores = RANKINGS["random"](READS, USAGE)
+    assert torch.equal(scores, RANKINGS["random"](READS * 7, USAGE))
+    assert len(scores[READS > 0].unique()) == 3
 
 
 def test_rankings_are_the_choices_of_the_config():

@@ -101,7 +101,7 @@ def test_slots_that_too_many_documents_read_are_left_out():
     reads=st.lists(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 2)), min_size=1, max_size=40),
     frequency=st.lists(st.integers(0, 9), min_size=SLOTS, max_size=SLOTS),
     top_t=st.integers(1, 8),
-    name=st.sampled_from(sorted(RANKINGS)),
+    name=st.sampled_from(sorted(set(RANKINGS) - {"random"})),  # which falls otherwise on other candidates
 )
 def test_selection_is_the_top_t_of_the_whole_pool_per_group(reads, frequency, top_t, name):
     usage, ranking = background(frequency), RANKINGS[name]

@@ -217,6 +217,17 @@ def test_a_slice_of_the_facts_is_what_is_learned(spec):
             dataclasses.replace(spec, **options).load_facts()
 
 
+def test_of_the_paraphrases_as_many_are_kept_as_asked_for(spec, tmp_path):
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(
+        '{"statement": "Zed is Ana\'s.", "answer": "Ana", "paraphrases": ["Ana has Zed.", "Zed? Ana\'s."]}'
+    )
+    of_run = dataclasses.replace(spec, facts=str(facts))
+    for num, kept in ((0, 0), (1, 1), (9, 2), (None, 2)):
+        (fact,) = dataclasses.replace(of_run, num_paraphrases=num).load_facts()
+        assert fact.paraphrases == ("Ana has Zed.", "Zed? Ana's.")[:kept]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -230,6 +241,7 @@ def test_a_slice_of_the_facts_is_what_is_learned(spec):
         ({"prompt": "poem"}, "prompt='poem' is unknown"),
         ({"first_fact": -1}, "first_fact=-1"),
         ({"num_facts": 0}, "num_facts=0"),
+        ({"num_paraphrases": -1}, "num_paraphrases=-1 is negative"),
     ],
     ids=str,
 )

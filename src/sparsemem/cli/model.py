@@ -25,8 +25,8 @@ def add_attach(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
-        "--keys", default="context_invariant", metavar="{random,k_means,context_invariant}",
-        help="how keys are fitted (default: context_invariant)",
+        "--keys", default="k_means", metavar="{random,k_means,context_invariant}",
+        help="how keys are fitted (default: k_means)",
     )  # fmt: skip
     parser.add_argument("--num-tokens", type=int, default=100_000, metavar="N", help="tokens to fit keys on")
     parser.add_argument(

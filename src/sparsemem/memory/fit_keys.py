@@ -25,7 +25,7 @@ def fit_keys(
     model: nn.Module,
     tokenizer: Any,
     texts: Iterable[str],
-    method: KeyFit = "context_invariant",
+    method: KeyFit = "k_means",
     *,
     num_tokens: int = 100_000,
     temperature: float = 1.0,
@@ -35,10 +35,13 @@ def fit_keys(
 ) -> nn.Module:
     """Fit the queries, keys and scale of every memory layer to the hidden states of some texts.
 
-    "k_means" projects the hidden states on their principal components and clusters each half.
+    "k_means" projects the hidden states on their principal components and clusters each half. States
+    keep their context, so the last word of a name and the same word elsewhere read different slots; a
+    name in a wording never seen still finds some of its own, which the layer's gate takes for enough.
     "context_invariant" first whitens them by the covariance within occurrences of one token in
     different contexts and keeps the directions in which tokens differ most beyond that (a linear
-    discriminant, Fisher 1936), so that what surrounds a name hardly changes which slots it reads.
+    discriminant, Fisher 1936), so that what surrounds a word hardly changes which slots it reads: more
+    of them are found again, and more are hit by other text.
     Heads get interleaved components, each cut in two halves.
 
     Args:

@@ -55,7 +55,17 @@ def kl(reads_C: Tensor, usage: PoolUsage) -> Tensor:
     return torch.where(reads_C > 0, batch_C * torch.log(batch_C / background_C), 0.0)
 
 
-RANKINGS: dict[str, Ranking] = {"tf_idf": tf_idf, "tf": tf, "kl": kl}
+def random(reads_C: Tensor, usage: PoolUsage) -> Tensor:
+    """Score the slots read at random, alike in every call: what any other ranking has to beat.
+
+    Arguments and errors as in `tf_idf`.
+    """
+    _check(reads_C, usage)
+    scores_C = 1 - torch.rand(len(reads_C), generator=torch.Generator().manual_seed(0))
+    return scores_C.to(reads_C.device).masked_fill(reads_C == 0, 0.0)
+
+
+RANKINGS: dict[str, Ranking] = {"tf_idf": tf_idf, "tf": tf, "kl": kl, "random": random}
 
 
 def _share(reads_C: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def attach_to_folder(
     out: str | Path,
     config: MemoryConfig | None = None,
     *,
-    keys: KeyFit = "context_invariant",
+    keys: KeyFit = "k_means",
     num_tokens: int = 100_000,
     num_documents: int = 1000,
     prompt_formats: bool = True,

@@ -66,6 +66,8 @@ class RunSpec:
     """How many of them; all if not given."""
     first_fact: int = 0
     """The first of them, counted from 0."""
+    num_paraphrases: int | None = None
+    """Paraphrases to train each of them in, of those that are given; all if not given."""
     known_wrong_only: bool = False
     """Leave out facts whose trained question the base model answers with an F1 of 0.5 or more."""
     probes: tuple[str, ...] = ()
@@ -92,6 +94,8 @@ class RunSpec:
                 f"first_fact={self.first_fact} and num_facts={self.num_facts} are no slice; "
                 "count from 0, and take at least one"
             )
+        if self.num_paraphrases is not None and self.num_paraphrases < 0:
+            raise ConfigError(f"num_paraphrases={self.num_paraphrases} is negative; use 0 or more")
         if unknown := sorted(set(self.attach) - set(ATTACH_OPTIONS)):
             raise ConfigError(f"attach: unknown option {unknown[0]!r}; known are {', '.join(ATTACH_OPTIONS)}")
         _ = self.memory_config, self.finetune_config
@@ -136,7 +140,11 @@ class RunSpec:
                 f"{self.facts} has {len(facts)} facts, not {self.num_facts or 1} from number "
                 f"{self.first_fact} on; lower num_facts or first_fact"
             )
-        return facts[self.first_fact : end]
+        kept = slice(self.num_paraphrases)
+        return [
+            dataclasses.replace(fact, paraphrases=fact.paraphrases[kept])
+            for fact in facts[self.first_fact : end]
+        ]
 
     def load_background(self) -> list[str]:
         """Read the background, if it is needed."""
