@@ -72,6 +72,12 @@ def test_top_k_cannot_exceed_the_slots():
         MemoryConfig(num_keys=2, top_k=5)
 
 
+@pytest.mark.parametrize("quorum", [-0.1, 1.5, float("nan")])
+def test_a_quorum_is_a_share(quorum):
+    with pytest.raises(ConfigError, match=f"quorum={quorum} is not a share"):
+        MemoryConfig(quorum=quorum)
+
+
 def test_a_config_error_is_a_value_error():
     with pytest.raises(ValueError, match="top_t"):
         FinetuneConfig(top_t=0)

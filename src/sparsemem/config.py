@@ -30,7 +30,8 @@ class MemoryConfig:
     query_dim: int = 16
     """Width of half a key."""
     quorum: float = 0.25
-    """Share of a token's reads that must find a written slot for the full answer; fewer get less of it."""
+    """Share of a token's reads that must find a written slot for the full answer; fewer get less of it, and
+    with 0 every read counts alone. Of no effect with a base table, where every slot is written."""
     value_dim: int | None = None
     """Width of a row; only placement="replace" may differ from the model's width."""
     shared_pool: bool = False
@@ -48,7 +49,7 @@ class MemoryConfig:
         _check_choices(self)
         _check_positive(self, "num_keys", "num_heads", "top_k", "query_dim")
         if not 0 <= self.quorum <= 1:
-            raise ConfigError(f"quorum={self.quorum} is not a share; use 0 (no gate) to 1")
+            raise ConfigError(f"quorum={self.quorum} is not a share; use 0 to 1")
         if self.value_dim is not None:
             _check_positive(self, "value_dim")
         if self.top_k > self.num_keys**2:

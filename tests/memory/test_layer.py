@@ -54,18 +54,18 @@ def test_output_is_the_weighted_sum_of_the_rows_of_all_heads():
     torch.testing.assert_close(layer(hidden), expected)
 
 
-@pytest.mark.parametrize(("share", "gate"), [(0.0, 0.0), (0.2, 0.064), (0.5, 1.0), (1.0, 1.0)])
-def test_reads_that_find_too_little_written_get_less_of_it(share, gate):
+@pytest.mark.parametrize(("share", "agreement"), [(0.0, 0.0), (0.2, 0.064), (0.5, 1.0), (1.0, 1.0)])
+def test_reads_that_find_too_little_written_get_less_of_it(share, agreement):
     layer = make_layer(quorum=0.5)
     slot_ids = torch.arange(HEADS * TOP_K).unsqueeze(0)
     weights = torch.full((1, HEADS * TOP_K), 0.0)
     layer.pool = Pool(SLOTS, WIDTH)
     layer.pool.write(slot_ids[0, :1], torch.ones(1, WIDTH))
     weights[0, 0], weights[0, 1] = share * HEADS, (1 - share) * HEADS
-    torch.testing.assert_close(layer._gate(slot_ids, weights), torch.tensor([[gate]]))
+    torch.testing.assert_close(layer._agreement(slot_ids, weights), torch.tensor([[agreement]]))
 
 
-def test_the_gate_counts_every_head_and_scales_the_whole_answer():
+def test_all_heads_have_to_agree_and_the_whole_answer_is_scaled():
     layer, plain = make_layer(quorum=1.0), make_layer()
     hidden = some_hidden(2, 3)
     slot_ids, weights = layer.lookup(hidden)

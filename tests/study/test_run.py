@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsemem.config import to_json
+from sparsemem.config import DEFAULT_LEARNING_RATES, to_json
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import MAX_ANSWER_TOKENS
@@ -61,7 +61,10 @@ def titles(calls):
 def test_a_run_says_what_it_was_what_it_measured_and_where_it_comes_from(spec, run, cache):
     result = run(config={**spec.config, "seed": 3})
     assert json.loads(json.dumps(result)) == result
-    assert result["config"] | {"method": "memory", "learning_rate": 0.3, "top_t": 6} == result["config"]
+    assert (
+        result["config"] | {"method": "memory", "learning_rate": DEFAULT_LEARNING_RATES["memory"], "top_t": 6}
+        == result["config"]
+    )
     assert result["config"]["memory"] == to_json(spec.memory_config)
     assert (result["config"]["facts"], result["config"]["prompt"]) == (spec.facts, "qa")
     assert result["seed"] == result["config"]["seed"] == 3

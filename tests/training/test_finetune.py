@@ -331,16 +331,18 @@ def test_an_unknown_schedule_is_named_and_nothing_moves(
     assert all(p.requires_grad for p in attached.parameters())
 
 
-def fail_at(monkeypatch, step, make):
-    """Let the `step`-th loss of training be `make(loss)`."""
+def fail_at(monkeypatch, step, make, part=0):
+    """Let the `step`-th loss of training be `make(loss)`: of the facts (part 0) or of the drift (1)."""
     calls = []
 
     of_part = FactLoss.of_part
 
     def failing(*args):
         calls.append(1)
-        nll, drift = of_part(*args)
-        return (make(nll), drift) if len(calls) == step else (nll, drift)
+        losses = list(of_part(*args))
+        if len(calls) == step:
+            losses[part] = make(losses[part])
+        return losses
 
     monkeypatch.setattr(FactLoss, "of_part", failing)
 
@@ -365,12 +367,12 @@ def check_untouched(model, rows, logits, all_rows, logits_of):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize(("step", "part"), [(1, 0), (5, 0), (1, 1)])
 def test_a_loss_that_is_not_finite_ends_it_and_puts_every_row_back(
-    taught, tiny_tokenizer, facts, usage, config, all_rows, logits_of, monkeypatch, value, step
+    taught, tiny_tokenizer, facts, usage, config, all_rows, logits_of, monkeypatch, value, step, part
 ):
     rows, logits = all_rows(taught), logits_of(taught)
-    fail_at(monkeypatch, step, lambda nll: nll * value)
+    fail_at(monkeypatch, step, lambda loss: loss + value, part)
     with pytest.raises(
         TrainingDivergedError, match=r"nothing was learned; lower the learning rate \(0\.05\)"
     ):

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import dataclasses
 import random
 
@@ -44,16 +45,20 @@ def observed(model, locality=1.0, examples=EXAMPLES):
     return loss
 
 
-def test_what_is_compared_begins_at_the_subject_and_predicts_no_label():
-    drawn = FactLoss(1.0, random.Random(0)).draw(collate(EXAMPLES))
+def test_what_is_compared_begins_at_the_subject_and_predicts_no_label(taught):
+    part = collate(EXAMPLES)
+    drawn = observed(taught).draw(part)
     assert drawn == [[1, 3, 4], [2]]
+    labelled = before_labels(part.labels)
+    assert not any(labelled[row, positions].any() for row, positions in enumerate(drawn))
 
 
-def test_no_more_positions_are_compared_than_the_limit_and_others_each_time():
-    loss, long = FactLoss(1.0, random.Random(0)), collate([example(range(100, 150))])
-    first, second = loss.draw(long)[0], loss.draw(long)[0]
-    assert len(first) == len(second) == loss_module.POSITIONS_PER_EXAMPLE
-    assert first != second
+def test_no_more_positions_are_compared_than_the_limit_and_others_each_time(taught):
+    long = collate([example(range(100, 150))])
+    loss = observed(taught, examples=long.examples)
+    draws = [loss.draw(long)[0] for _ in range(100)]
+    assert {len(drawn) for drawn in draws} == {loss_module.POSITIONS_PER_STEP}
+    assert len({position for drawn in draws for position in drawn}) == loss_module.POSITIONS_KEPT
 
 
 def test_without_locality_it_is_the_likelihood_of_the_labels_alone(taught):
@@ -121,7 +126,7 @@ def test_a_certain_prediction_has_a_finite_gradient():
     assert log_probs.grad.isfinite().all()
 
 
-def test_what_was_seen_once_is_not_observed_again(taught):
+def test_what_was_seen_is_not_observed_again_and_what_is_done_is_forgotten(taught):
     passes = []
 
     def counted(batch):
@@ -132,6 +137,8 @@ def test_what_was_seen_once_is_not_observed_again(taught):
     loss.observe(taught, EXAMPLES[:1], counted)
     loss.observe(taught, EXAMPLES, counted)
     assert [examples for of_pass in passes for examples in of_pass] == EXAMPLES
+    loss.observe(taught, EXAMPLES[1:], counted)
+    assert list(loss._before) == EXAMPLES[1:]
     assert not taught.training
 
 
@@ -157,7 +164,37 @@ def test_by_default_only_a_memory_is_held_in_place():
     assert not FinetuneConfig().is_guarded
 
 
-def test_labels_and_kept_positions_share_no_place():
-    labelled = before_labels(collate(EXAMPLES).labels)
-    for row, positions in enumerate(FactLoss(1.0, random.Random(0)).draw(collate(EXAMPLES))):
-        assert not labelled[row, positions].any()
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_other_methods_can_be_held_in_place_too(attached, tiny_tokenizer, config, method):
+    facts = [Fact(statement="When Zed the potter was asked, it was Ana.", answer="Ana", subject="Zed")]
+    examples = build_examples(facts, tiny_tokenizer, None, config, random.Random(0))[0]
+    part, drifts = collate(examples), []
+    for penalty in ("none", "local_kl"):
+        model = copy.deepcopy(attached)
+        reference = observed(model, examples=examples)
+        options = {"penalty": penalty, "learning_rate": 0.01, "num_epochs": 6, "mixed_precision": "bf16"}
+        of_run = dataclasses.replace(config, method=method, **options)
+        trained = finetune(model, tiny_tokenizer, facts, None, of_run).model
+        assert not trained.training
+        drifts.append(reference.of_part(trained, part, reference.draw(part))[1].item())
+    assert drifts[0] > drifts[1]
+
+
+def test_in_a_stream_what_is_held_includes_what_was_just_learned(
+    attached, tiny_tokenizer, facts, usage, config, monkeypatch
+):
+    seen = []
+    observe = FactLoss.observe
+
+    def spy(loss, model, examples, forward):
+        pool = pools(model)["layer_1"]
+        seen.append((len(pool.written()[0]), len(loss._before)))
+        observe(loss, model, examples, forward)
+
+    monkeypatch.setattr(FactLoss, "observe", spy)
+    config = dataclasses.replace(config, stream=True, facts_per_batch=1)
+    finetune(attached, tiny_tokenizer, facts, usage, config)
+    written = [rows for rows, _ in seen]
+    assert len(written) == len(facts)
+    assert written[0] == 0
+    assert written == sorted(set(written))

@@ -113,7 +113,8 @@ def load(
     """
     folder = local_folder(path)
     header = read_header(folder)
-    config = from_json(MemoryConfig, header["memory"], folder / CONFIG_FILE)
+    # A folder made before there was a gate goes on without one.
+    config = from_json(MemoryConfig, {"quorum": 0.0, **header["memory"]}, folder / CONFIG_FILE)
     _check_digest(folder / WEIGHTS_FILE, header["weights_sha256"])
     tensors, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     bases = {name: _mapped(folder / file) for name, file in header.get("bases", {}).items()}

@@ -1,4 +1,4 @@
-"""Fit queries and keys to data, so that a name reads the same slots in every context.
+"""Fit queries and keys to the hidden states of ordinary text.
 
 Shape letters: T tokens, H heads, N sub-keys, Q half key dim, D width, C classes.
 """

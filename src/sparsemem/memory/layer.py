@@ -40,12 +40,12 @@ counted and slots are chosen."""
 class MemoryLayer(nn.Module):
     """A sparse key-value memory over a hidden state.
 
-    `y = c g sum_i softmax(scores)_i v_i` over the top-k slots of each head, heads summed, where the
-    constant c (`value_scale`, 1 unless fitted) is the size of what y is added to. The gate
-    `g = min(1, m / quorum)^3` asks how sure the memory is that it knows this state: m is the share of
-    the token's reads, by weight, that find a slot that holds something. A text that was learned finds
-    most of its slots written whatever surrounds it; any other text hits one now and then, which
-    without the gate would add up as the memory fills. With
+    `y = c a sum_i softmax(scores)_i v_i` over the top-k slots of each head, heads summed, where the
+    constant c (`value_scale`, 1 unless fitted) is the size of what y is added to. The
+    agreement `a = min(1, m / quorum)^3` says how sure the memory is that it knows this state: m is the
+    share of the token's reads, by weight, that find a slot that holds something. A name that was learned
+    finds a good part of its slots written in any wording; other text hits one now and then, which would
+    add up as the memory fills. With a base table every slot holds something, and a is 1. With
     `placement="add"` the output is y, to be added beside the feed-forward network; with "replace" it
     is the gated `(y * silu(x W1)) W2` of Memory+ (Berges et al. 2024, arXiv:2412.09764), which takes
     the network's place. Queries, keys and rows are float32 whatever the backbone's dtype, so that
@@ -59,7 +59,7 @@ class MemoryLayer(nn.Module):
         top_k: Slots read per head.
         query_dim: Width of half a key.
         placement: "add" or "replace".
-        quorum: Share of a token's reads that must find something for the full answer; 0 is no gate.
+        quorum: Share of a token's reads that must find something for the full answer; 0 asks for none.
         block_index: The block it sits in.
         pool_name: Name of the pool in usage, deltas and files; layers that share a pool share it.
     """
@@ -118,14 +118,14 @@ class MemoryLayer(nn.Module):
             reads = self.num_heads * self.top_k
             slot_ids_TR, weights_TR = slot_ids.view(-1, reads), weights.reshape(-1, reads)
             if self.quorum:
-                weights_TR = weights_TR * self._gate(slot_ids_TR, weights_TR)
+                weights_TR = weights_TR * self._agreement(slot_ids_TR, weights_TR)
             y_TV = self.pool.read(slot_ids_TR, weights_TR) * self.value_scale
             if self.gate is not None and self.out is not None:
                 hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
                 y_TV = self.out(y_TV * silu(self.gate(hidden_TD)))
         return y_TV.view(hidden.shape).to(hidden.dtype)
 
-    def _gate(self, slot_ids_TR: Tensor, weights_TR: Tensor) -> Tensor:
+    def _agreement(self, slot_ids_TR: Tensor, weights_TR: Tensor) -> Tensor:
         """Say how much each token's reads agree that there is something to say; shape (tokens, 1)."""
         found_TR = weights_TR * self.pool.holds(slot_ids_TR)
         share_T1 = found_TR.sum(dim=1, keepdim=True) / self.num_heads

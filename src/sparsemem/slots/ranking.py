@@ -56,9 +56,10 @@ def kl(reads_C: Tensor, usage: PoolUsage) -> Tensor:
 
 
 def random(reads_C: Tensor, usage: PoolUsage) -> Tensor:
-    """Score the slots read at random, alike in every call: what any other ranking has to beat.
+    """Score the slots read by lot: what any other ranking has to beat.
 
-    Arguments and errors as in `tf_idf`.
+    The lot is the same in every call on the same candidates, so a fact keeps its slots as long as its
+    reads stay: with one memory layer. Arguments and errors as in `tf_idf`.
     """
     _check(reads_C, usage)
     scores_C = 1 - torch.rand(len(reads_C), generator=torch.Generator().manual_seed(0))

@@ -43,11 +43,11 @@ KNOWN_FROM = 0.5
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-ATTACH_OPTIONS = [
-    parameter.name
+ATTACH_DEFAULTS = {
+    parameter.name: parameter.default
     for parameter in inspect.signature(attach_to_folder).parameters.values()
     if parameter.kind is parameter.KEYWORD_ONLY
-]
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,10 @@ class RunSpec:
             )
         if self.num_paraphrases is not None and self.num_paraphrases < 0:
             raise ConfigError(f"num_paraphrases={self.num_paraphrases} is negative; use 0 or more")
-        if unknown := sorted(set(self.attach) - set(ATTACH_OPTIONS)):
-            raise ConfigError(f"attach: unknown option {unknown[0]!r}; known are {', '.join(ATTACH_OPTIONS)}")
+        if unknown := sorted(set(self.attach) - set(ATTACH_DEFAULTS)):
+            raise ConfigError(
+                f"attach: unknown option {unknown[0]!r}; known are {', '.join(ATTACH_DEFAULTS)}"
+            )
         _ = self.memory_config, self.finetune_config
         if self.needs_background and not self.background:
             raise ConfigError(
@@ -156,6 +158,7 @@ class RunSpec:
         config, values = self.finetune_config, to_json(self)
         del values["config"]
         values["memory"] = to_json(self.memory_config)
+        values["attach"] = ATTACH_DEFAULTS | self.attach
         return {**values, **to_json(config), "learning_rate": config.lr}
 
 
@@ -282,7 +285,7 @@ def base_scores(
         fingerprint(base_weights(model)),
         # A memory beside the network is silent until it learns; one in its place is another model.
         [layer.block_index for layer in memory_layers(model) if layer.replaced],
-        [dataclasses.asdict(fact) for fact in facts],
+        [[fact.question, fact.answers, fact.heldout_questions] for fact in facts],
         [dataclasses.asdict(probe) for probe in probes],
         [field.name for cls in (FactScores, ProbeScore) for field in dataclasses.fields(cls)],
         spec.prompt,
@@ -302,7 +305,7 @@ def base_scores(
 
 def attached_folder(spec: RunSpec, background: Sequence[str], cache: Path) -> Path:
     """Attach the memory of a run, or return the folder where an earlier run did."""
-    key = _digest(spec.model, to_json(spec.memory_config), spec.attach, list(background))
+    key = _digest(spec.model, to_json(spec.memory_config), ATTACH_DEFAULTS | spec.attach, list(background))
     folder = cache / "memories" / key
     if not folder.is_dir():
         try:

@@ -154,10 +154,14 @@ def _check_same(path: Path, spec: RunSpec) -> None:
     found = read_json(path)
     config = found.get("config", {})
     for option, value in spec.described().items():
-        if _named(option, config.get(option, value)) != _named(option, value):
+        before = config.get(option, value)
+        if isinstance(value, dict) and isinstance(before, dict):
+            same = all(before[name] == value[name] for name in before.keys() & value.keys())
+        else:
+            same = _named(option, before) == _named(option, value)
+        if not same:
             raise ConfigError(
-                f"{path} was run with {option}={config[option]!r}, not {value!r}; "
-                "remove it or choose another folder"
+                f"{path} was run with {option}={before!r}, not {value!r}; remove it or choose another folder"
             )
     if found.get("data_sha") != data_sha(spec.files):
         raise ConfigError(f"{path} was run on other data; remove it or choose another folder")

@@ -34,7 +34,7 @@ class FinetuneResult:
         losses: Mean loss per label of each optimizer step.
         evaluations: What `evaluate` returned, as (epoch, value), or (batch, value) of a stream.
         num_trained: Numbers that moved.
-        seconds: Wall time of the training loop; evaluations, and what penalties prepare, left out.
+        seconds: Wall time of the training loop; evaluations, and what "ewc" and "kl" prepare, left out.
     """
 
     model: nn.Module

@@ -4,9 +4,10 @@ Shape letters: P positions, K most likely tokens, V vocabulary.
 """
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from torch import Tensor
 from sparsemem.likelihood import IGNORE, before_labels, log_probs_at, next_tokens
 from sparsemem.training.examples import Batch, Example, collate_parts
 
-POSITIONS_PER_EXAMPLE = 8
-"""Positions whose predictions are compared in a step: each costs a pass through the output head."""
+POSITIONS_KEPT = 32
+"""Positions of an example whose predictions are remembered; drawn, where a wording has more."""
+POSITIONS_PER_STEP = 8
+"""Positions of an example that are compared in a step: each costs a pass through the output head."""
 TOP_TOKENS = 64
 """Tokens whose probabilities are remembered; all others count as one."""
 EXAMPLES_PER_PASS = 32
@@ -44,7 +47,7 @@ class FactLoss:
 
     def __init__(self, locality: float, rng: random.Random) -> None:
         self.locality, self.rng = locality, rng
-        self._before: dict[Example, tuple[Tensor, Tensor]] = {}
+        self._before: dict[Example, _Predictions] = {}
 
     @torch.no_grad()
     def observe(
@@ -53,30 +56,40 @@ class FactLoss:
         examples: Iterable[Example],
         forward: Callable[[Batch], contextlib.AbstractContextManager[Any]],
     ) -> None:
-        """Remember what a model predicts now for examples not seen before, each pass within `forward`."""
-        new = [example for example in dict.fromkeys(examples) if example not in self._before]
-        if not new or not self.locality:
+        """Remember what a model predicts now for examples not seen in the call before; forget all others.
+
+        Args:
+            model: What is trained.
+            examples: All that will be trained before the next call.
+            forward: Context of a forward pass of a batch.
+        """
+        if not self.locality:
+            return
+        asked = dict.fromkeys(examples)
+        new = [example for example in asked if example not in self._before]
+        self._before = {example: self._before[example] for example in asked if example in self._before}
+        if not new:
             return
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
         for batch in collate_parts(new, -(-len(new) // EXAMPLES_PER_PASS), device):
-            positions = [_kept(example) for example in batch.examples]
+            positions = [self._sample(_free(example), POSITIONS_KEPT) for example in batch.examples]
             with forward(batch):
                 log_probs_PV = log_probs_at(
                     model, batch.input_ids, batch.attention_mask, _marked(batch, positions)
                 )
             top = log_probs_PV.topk(min(TOP_TOKENS, log_probs_PV.shape[1]), dim=1)
             sizes = list(map(len, positions))
-            expected = zip(top.values.split(sizes), top.indices.int().split(sizes), strict=True)
-            self._before.update(zip(batch.examples, expected, strict=True))
+            expected = zip(positions, top.values.split(sizes), top.indices.int().split(sizes), strict=True)
+            self._before.update(zip(batch.examples, itertools.starmap(_Predictions, expected), strict=True))
         model.train(was_training)
 
     def draw(self, part: Batch) -> Positions:
-        """Draw the positions of a part that are compared in this step."""
+        """Draw the positions of a part, observed before, that are compared in this step."""
         if not self.locality:
             return [[] for _ in part.examples]
-        kept = [_kept(example) for example in part.examples]
-        return [sorted(self.rng.sample(k, min(POSITIONS_PER_EXAMPLE, len(k)))) for k in kept]
+        kept = [self._before[example].positions for example in part.examples]
+        return [self._sample(positions, POSITIONS_PER_STEP) for positions in kept]
 
     def of_part(self, model: Any, part: Batch, drawn: Positions) -> tuple[Tensor, Tensor]:
         """Run a forward pass.
@@ -96,22 +109,33 @@ class FactLoss:
         found = log_probs_PV[is_label].gather(-1, next_tokens(part.labels, labelled))
         return -found.sum(), self.locality * self._divergence(log_probs_PV[~is_label], part, drawn)
 
+    def _sample(self, positions: list[int], num: int) -> list[int]:
+        return sorted(self.rng.sample(positions, min(num, len(positions))))
+
     def _divergence(self, log_probs_PV: Tensor, part: Batch, drawn: Positions) -> Tensor:
         if not len(log_probs_PV):
             return log_probs_PV.sum()
         expected, tokens = [], []
         for example, positions in zip(part.examples, drawn, strict=True):
-            log_probs, ids = self._before[example]
-            rows = [_kept(example).index(position) for position in positions]
-            expected.append(log_probs[rows])
-            tokens.append(ids[rows])
+            before = self._before[example]
+            rows = [before.positions.index(position) for position in positions]
+            expected.append(before.log_probs[rows])
+            tokens.append(before.tokens[rows])
         expected_PK = _with_rest(torch.cat(expected))
         found_PK = _with_rest(log_probs_PV.gather(-1, torch.cat(tokens).long()))
         return (expected_PK.exp() * (expected_PK - found_PK)).sum()
 
 
-def _kept(example: Example) -> list[int]:
-    """List the positions of an example whose predictions are to stay."""
+class _Predictions(NamedTuple):
+    """What a model predicted at some positions of an example; tensors have shape (positions, kept tokens)."""
+
+    positions: list[int]
+    log_probs: Tensor
+    tokens: Tensor
+
+
+def _free(example: Example) -> list[int]:
+    """List the positions of an example whose predictions may be held: those that are not to be learned."""
     start = example.is_subject.index(True) if any(example.is_subject) else 0
     next_labels = (*example.labels[1:], IGNORE)
     return [position for position in range(start, len(next_labels)) if next_labels[position] == IGNORE]

@@ -49,14 +49,14 @@ class GradientStep:
     def add_gradients(self, batch: FactBatch) -> float:
         """Add the gradients of a batch, part by part; returns its mean loss per label.
 
-        A guard's loss that is not finite is returned in its place.
+        Where what holds the model back is not finite, that is returned in its place.
         """
         drawn = self._draw(batch)
         parts = collate_parts(drawn, self.config.gradient_accumulation_steps, self.device)
         compared = [self.loss.draw(part) for part in parts]
         num_labels = sum(part.num_labels for part in parts)
         num_compared = max(1, sum(map(len, itertools.chain(*compared))))
-        total = 0.0
+        total = total_drift = 0.0
         with self.method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
             for part, positions in zip(parts, compared, strict=True):
                 with self.method.part(part), self.precision.step():
@@ -65,8 +65,9 @@ class GradientStep:
                     fact_loss = nll / num_labels
                     (self.guards.fact_weight * fact_loss + drift / num_compared).backward()
                 total += fact_loss.item()
-        guard_loss = self.guards.add_gradients(len(drawn))
-        return total if math.isfinite(guard_loss) else guard_loss
+                total_drift += drift.item()
+        held = total_drift + self.guards.add_gradients(len(drawn))
+        return total if math.isfinite(held) else held
 
     @contextlib.contextmanager
     def _forward(self, part: Batch) -> Iterator[None]:
