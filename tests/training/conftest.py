@@ -12,6 +12,10 @@ from sparsemem.slots.usage import count_usage
 USAGE_OPTIONS = {"num_documents": 30, "prompt_formats": False}
 
 
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.fixture
 def usage(attached, tiny_tokenizer, texts):
     return count_usage(attached, tiny_tokenizer, texts, **USAGE_OPTIONS)

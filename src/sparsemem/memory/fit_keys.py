@@ -37,7 +37,7 @@ def fit_keys(
 
     "k_means" projects the hidden states on their principal components and clusters each half. States
     keep their context, so the last word of a name and the same word elsewhere read different slots; a
-    name in a wording never seen still finds some of its own, which the layer's gate takes for enough.
+    name in a wording never seen still finds some of its own, which the memory layer takes for enough.
     "context_invariant" first whitens them by the covariance within occurrences of one token in
     different contexts and keeps the directions in which tokens differ most beyond that (a linear
     discriminant, Fisher 1936), so that what surrounds a word hardly changes which slots it reads: more

@@ -112,6 +112,11 @@ class RunSpec:
         return from_json(MemoryConfig, self.memory, "memory")
 
     @property
+    def attach_options(self) -> dict[str, Any]:
+        """How the memory is attached, defaults filled in."""
+        return ATTACH_DEFAULTS | self.attach
+
+    @property
     def finetune_config(self) -> FinetuneConfig:
         """How to train."""
         return from_json(FinetuneConfig, self.config, "config")
@@ -158,7 +163,7 @@ class RunSpec:
         config, values = self.finetune_config, to_json(self)
         del values["config"]
         values["memory"] = to_json(self.memory_config)
-        values["attach"] = ATTACH_DEFAULTS | self.attach
+        values["attach"] = self.attach_options
         return {**values, **to_json(config), "learning_rate": config.lr}
 
 
@@ -305,7 +310,7 @@ def base_scores(
 
 def attached_folder(spec: RunSpec, background: Sequence[str], cache: Path) -> Path:
     """Attach the memory of a run, or return the folder where an earlier run did."""
-    key = _digest(spec.model, to_json(spec.memory_config), ATTACH_DEFAULTS | spec.attach, list(background))
+    key = _digest(spec.model, to_json(spec.memory_config), spec.attach_options, list(background))
     folder = cache / "memories" / key
     if not folder.is_dir():
         try:
