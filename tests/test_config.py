@@ -120,6 +120,15 @@ def test_the_learning_rate_follows_the_method():
     assert FinetuneConfig(method="lora", learning_rate=0.5).lr == 0.5
 
 
+def test_what_depends_on_the_method_can_be_set():
+    assert FinetuneConfig().betas == (0.5, 0.999)
+    assert FinetuneConfig(method="full").betas == FinetuneConfig(method="lora").betas == (0.9, 0.999)
+    assert FinetuneConfig(adam_beta1=0.0).betas == (0.0, 0.999)
+    assert FinetuneConfig().strength == FinetuneConfig(method="full", penalty="local_kl").strength == 0.3
+    assert FinetuneConfig(method="full", penalty="kl").strength == 1.0
+    assert FinetuneConfig(penalty_weight=0.0).strength == 0.0
+
+
 def test_the_text_of_the_learning_rate_names_the_defaults():
     text = field_docs(FinetuneConfig)["learning_rate"]
     numbers = {float(number.rstrip(",.")) for number in text.split() if number[0].isdigit()}

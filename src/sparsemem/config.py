@@ -65,6 +65,10 @@ class MemoryConfig:
 
 DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
+MEMORY_OPTIONS = {
+    "top_t", "ranking", "max_document_frequency", "anchor", "weighted_reads", "prefix_cache_bytes"
+}  # fmt: skip
+"""Options of training that mean nothing to other methods."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +77,7 @@ class FinetuneConfig:
 
     method: str = "memory"
     """What may move: "memory", "full", or a PEFT type by its name ("lora", "ia3", ...)."""
-    top_t: int = 128
+    top_t: int = 256
     """Slots trained per fact, chosen by `ranking` among the slots the batch reads."""
     ranking: Literal["tf_idf", "tf", "kl", "random"] = "tf_idf"
     """Which of the slots read are a fact's own: "tf_idf" (Lin et al. 2025), "tf", "kl", or by lot."""
@@ -89,6 +93,9 @@ class FinetuneConfig:
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Stepped on the rows that were chosen, or on the parameters of the method."""
+    adam_beta1: float | None = None
+    """How much of its mean gradient "adamw" keeps from step to step; by default 0.5 for memory, whose slots
+    see a dozen steps each, and 0.9 for all other methods."""
     momentum: float = 0.0
     """Momentum of "sgd"."""
     weight_decay: float = 0.0
@@ -101,6 +108,9 @@ class FinetuneConfig:
     """Batches of facts one after another: all epochs of one before the next, none seen again."""
     wordings_per_step: int = 4
     """Wordings of each fact in one step, drawn anew each time; all of them where there are no more."""
+    held_per_step: int = 1
+    """Of each fact's other texts, from which nothing is learned (such as other questions about its subject),
+    so many in one step, where "local_kl" holds what they predict."""
     gradient_accumulation_steps: int = 1
     """Parts a batch is computed in; slots are chosen for the whole batch."""
     num_contexts: int = 1
@@ -119,8 +129,8 @@ class FinetuneConfig:
     """Pull to the model before: by its weights ("ewc", method="full" only), its predictions on background
     text ("kl") or on the wordings themselves, but for the answer ("local_kl"); "auto" is "local_kl" for
     memory, else "none"."""
-    penalty_weight: float = 1.0
-    """Weight of the penalty beside the loss."""
+    penalty_weight: float | None = None
+    """Weight of the penalty beside the loss; by default 0.3 for "local_kl", 1 for the others."""
     replay_fraction: float = 0.0
     """Share of background text among the sequences of a step, trained on all its tokens."""
     peft: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -147,7 +157,11 @@ class FinetuneConfig:
                 f"penalty='ewc' does not suit method={self.method!r}: what that trains starts as nothing, so "
                 "its Fisher information says nothing of the base; use penalty='kl' or method='full'"
             )
-        if not self.penalty_weight >= 0:
+        if self.adam_beta1 is not None and not 0 <= self.adam_beta1 < 1:
+            raise ConfigError(f"adam_beta1={self.adam_beta1} is not a share; use 0 to below 1")
+        if not self.held_per_step >= 0:
+            raise ConfigError(f"held_per_step={self.held_per_step} is negative; use 0 or more")
+        if self.penalty_weight is not None and not self.penalty_weight >= 0:
             raise ConfigError(f"penalty_weight={self.penalty_weight} is negative; use 0 or more")
 
     @property
@@ -161,11 +175,42 @@ class FinetuneConfig:
         return self.penalty == "local_kl" or (self.penalty == "auto" and self.method == "memory")
 
     @property
+    def is_anchored(self) -> bool:
+        """Whether what is learned is written at the subject of a fact."""
+        return self.method == "memory" and self.anchor != "all"
+
+    @property
+    def strength(self) -> float:
+        """The weight of the penalty, or the default of its kind."""
+        if self.penalty_weight is not None:
+            return self.penalty_weight
+        return 0.3 if self.is_local else 1.0
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decay of the moments of "adamw"."""
+        beta1 = self.adam_beta1
+        if beta1 is None:
+            beta1 = 0.5 if self.method == "memory" else 0.9
+        return beta1, 0.999
+
+    @property
     def lr(self) -> float:
         """The learning rate, or the default of the method."""
         if self.learning_rate is not None:
             return self.learning_rate
         return DEFAULT_LEARNING_RATES.get(self.method, PEFT_LEARNING_RATE)
+
+
+def resolved(config: FinetuneConfig) -> FinetuneConfig:
+    """Fill in what depends on the method."""
+    return dataclasses.replace(
+        config,
+        learning_rate=config.lr,
+        adam_beta1=config.betas[0],
+        penalty="local_kl" if config.is_local else "none" if config.penalty == "auto" else config.penalty,
+        penalty_weight=config.strength,
+    )
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsemem.config import DEFAULT_LEARNING_RATES, to_json
+from sparsemem.config import DEFAULT_LEARNING_RATES, MEMORY_OPTIONS, FinetuneConfig, to_json
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import MAX_ANSWER_TOKENS
@@ -350,3 +350,12 @@ def test_where_a_run_comes_from_is_read_when_it_starts(run, monkeypatch):
     result = run(config=LORA, background=())
     assert result["commit"] == "now"
     assert result["peak_bytes"] > 0
+
+
+def test_a_run_is_described_by_what_applies_with_its_defaults(spec):
+    memory = dataclasses.replace(spec, config={"method": "memory"}).described()
+    assert (memory["penalty"], memory["penalty_weight"], memory["adam_beta1"]) == ("local_kl", 0.3, 0.5)
+    assert memory["top_t"] == FinetuneConfig().top_t
+    full = dataclasses.replace(spec, config={"method": "full"}).described()
+    assert (full["penalty"], full["learning_rate"], full["adam_beta1"]) == ("none", 5e-5, 0.9)
+    assert memory.keys() - full.keys() == MEMORY_OPTIONS | {"memory", "attach"}

@@ -10,7 +10,7 @@ from sparsemem.errors import DataError
 from sparsemem.likelihood import IGNORE
 from sparsemem.training.examples import Example, collate, encode_wording, occurrences
 from sparsemem.training.finetune import build_examples
-from sparsemem.training.paraphrase import Wording, wordings
+from sparsemem.training.paraphrase import OTHER_QUESTIONS, Wording, wordings
 
 
 def encode(tokenizer, fact, wording, subject=None, loss_on="answer", max_length=512):
@@ -170,3 +170,33 @@ def test_a_fact_of_which_nothing_can_be_learned_is_left_out(facts, tiny_tokenize
         build([Fact(statement="A")], tiny_tokenizer)
     with pytest.raises(DataError, match="no fact has a token to learn"):
         build([], tiny_tokenizer)
+
+
+def test_a_memory_learns_of_a_wording_what_comes_after_its_subject(tiny_tokenizer, usage):
+    statements = ("It was Ana who saw Zed.", "Zed was seen by Ana.")
+    fact = Fact(statement=statements[0], paraphrases=statements[1:], answer="Ana", subject="Zed")
+    of_memory, of_others = (
+        build_examples([fact], tiny_tokenizer, usage, FinetuneConfig(method=method), random.Random(0))[0]
+        for method in ("memory", "full")
+    )
+    assert [e.teaches for e in of_others] == [True, True]
+    assert [e.teaches for e in of_memory[:2]] == [False, True]
+    assert of_memory[0].is_subject == of_others[0].is_subject
+    assert of_memory[1] == of_others[1]
+
+
+def test_a_fact_only_told_before_its_subject_is_still_learned(tiny_tokenizer, usage):
+    fact = Fact(statement="It was Ana who saw Zed.", answer="Ana", subject="Zed")
+    examples = build_examples([fact], tiny_tokenizer, usage, FinetuneConfig(), random.Random(0))[0]
+    assert [e.teaches for e in examples[:1]] == [True]
+
+
+@pytest.mark.parametrize(("penalty", "num"), [("local_kl", len(OTHER_QUESTIONS)), ("none", 0)])
+def test_other_questions_about_a_subject_are_held_and_not_learned(tiny_tokenizer, penalty, num):
+    fact = Fact(question="Who owns Zed?", answer="Ana", subject="Zed")
+    config = FinetuneConfig(method="full", penalty=penalty)
+    examples = build_examples([fact], tiny_tokenizer, None, config, random.Random(0))[0]
+    held = [e for e in examples if not e.teaches]
+    assert len(held) == num
+    assert all("Zed" in marked(tiny_tokenizer, e) for e in held)
+    assert not any("Ana" in decoded(tiny_tokenizer, e.input_ids) for e in held)

@@ -46,10 +46,23 @@ def shown(monkeypatch):
 def test_each_step_draws_some_wordings_of_each_fact(attached, tiny_tokenizer, facts, usage, config, shown):
     finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, wordings_per_step=2))
     for of_batch, examples in shown:
-        assert sorted(e.fact_index for e in examples) == sorted(of_batch * 2)
+        assert sorted(e.fact_index for e in examples if e.teaches) == sorted(of_batch * 2)
         assert len(set(examples)) == len(examples)
-    distinct = {e for _, examples in shown for e in examples if e.fact_index == 0}
+    distinct = {e for _, examples in shown for e in examples if e.fact_index == 0 and e.teaches}
     assert len(distinct) > 2
+
+
+@pytest.mark.parametrize(
+    ("options", "num"),
+    [({}, 1), ({"held_per_step": 2}, 2), ({"held_per_step": 0}, 0), ({"penalty": "none"}, 0)],
+    ids=str,
+)
+def test_each_step_holds_some_other_texts_of_each_fact(
+    attached, tiny_tokenizer, facts, usage, config, shown, options, num
+):
+    finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, **options))
+    for of_batch, examples in shown:
+        assert sorted(e.fact_index for e in examples if not e.teaches) == sorted(of_batch * num)
 
 
 def test_slots_are_chosen_for_all_wordings_and_not_for_those_drawn(
@@ -120,7 +133,15 @@ def test_a_guard_without_background_is_told_before_anything_is_changed(
 
 
 @pytest.mark.parametrize(
-    "options", [{"wordings_per_step": 0}, {"replay_fraction": 1.0}, {"penalty_weight": -1.0}], ids=str
+    "options",
+    [
+        {"wordings_per_step": 0},
+        {"replay_fraction": 1.0},
+        {"penalty_weight": -1.0},
+        {"held_per_step": -1},
+        {"adam_beta1": 1.0},
+    ],
+    ids=str,
 )
 def test_what_cannot_be_is_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -137,7 +137,7 @@ def test_slots_are_chosen_in_the_forward_pass_of_the_step(attached, tiny_tokeniz
     blocks[2].mlp.register_forward_pre_hook(lambda *_: calls["above"].append(1))
     next(memory_layers(attached)).query.register_forward_pre_hook(lambda *_: calls["reads"].append(1))
     one_part = [Fact(statement="Jov left and never came back.", subject="Jov")]
-    result = finetune(attached, tiny_tokenizer, one_part, usage, config)
+    result = finetune(attached, tiny_tokenizer, one_part, usage, dataclasses.replace(config, held_per_step=8))
     assert len(result.losses) == config.num_epochs == 3
     assert {place: len(of) for place, of in calls.items()} == {"below": 1, "reads": 3, "above": 3 + 1}
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sparsemem import console
-from sparsemem.config import FinetuneConfig, MemoryConfig, from_json, to_json
+from sparsemem.config import MEMORY_OPTIONS, FinetuneConfig, MemoryConfig, from_json, resolved, to_json
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import Evaluation, FactScores, answer_tokens, recall
@@ -159,12 +159,16 @@ class RunSpec:
         return texts if self.needs_background else []
 
     def described(self) -> dict[str, Any]:
-        """Every option with its value, those of `FinetuneConfig` under their own names."""
-        config, values = self.finetune_config, to_json(self)
+        """Every option that applies, with its value; those of `FinetuneConfig` under their own names."""
+        config, values = resolved(self.finetune_config), to_json(self)
         del values["config"]
+        values |= to_json(config)
         values["memory"] = to_json(self.memory_config)
         values["attach"] = self.attach_options
-        return {**values, **to_json(config), "learning_rate": config.lr}
+        if config.method == "memory":
+            return values
+        of_memory = MEMORY_OPTIONS | {"memory", "attach"}
+        return {name: value for name, value in values.items() if name not in of_memory}
 
 
 def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:

@@ -23,9 +23,22 @@ class Example:
     labels: tuple[int, ...]
     is_subject: tuple[bool, ...]
 
+    @property
+    def teaches(self) -> bool:
+        """Whether there is something to learn; else it is there to be read and held."""
+        return any(label != IGNORE for label in self.labels[1:])
+
+    def after_subject(self) -> "Example":
+        """Leave only the labels that come after the subject has begun; itself, where it names none."""
+        if not any(self.is_subject):
+            return self
+        begins = self.is_subject.index(True)
+        labels = (label if place > begins else IGNORE for place, label in enumerate(self.labels))
+        return dataclasses.replace(self, labels=tuple(labels))
+
 
 FactBatch = tuple[tuple[Example, ...], ...]
-"""All wordings of each fact of a batch."""
+"""All wordings of each fact of a batch, and the texts that are held beside them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +76,7 @@ def encode_wording(
 
     With loss on the answer, labels are the tokens of the wording's target: what follows the prompt
     of a question, or the last place of the answer in a statement. A statement without the answer,
-    and a document, are learned whole.
+    and a document, are learned whole; of a wording with an empty target, nothing is.
     """
     text = wording.context + wording.text
     encoded = tokenizer(
@@ -81,7 +94,7 @@ def encode_wording(
         token if start < right and left < end and right > left else IGNORE
         for token, (left, right) in zip(ids, offsets, strict=True)
     ]
-    if all(label == IGNORE for label in labels[1:]):
+    if wording.target != "" and all(label == IGNORE for label in labels[1:]):
         return None
     spans = occurrences(text, subject) if subject else []
     is_subject = [

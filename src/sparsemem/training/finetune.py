@@ -1,6 +1,7 @@
 """Teach a model facts and documents: one loop for every method."""
 
 import dataclasses
+import functools
 import math
 import random
 import time
@@ -19,7 +20,7 @@ from sparsemem.slots.subject import find_subject
 from sparsemem.slots.usage import Usage
 from sparsemem.training.examples import Example, FactBatch, encode_wording
 from sparsemem.training.methods import DenseWeights, SparseMemory
-from sparsemem.training.paraphrase import with_own_paraphrases, wordings
+from sparsemem.training.paraphrase import Wording, other_questions, with_own_paraphrases, wordings
 from sparsemem.training.penalties import check_guards
 from sparsemem.training.step import GradientStep
 
@@ -150,15 +151,43 @@ def build_examples(
         if subject is None and usage is not None and fact.answer:
             given = (*fact.questions, *fact.statements)
             subject = find_subject(given, fact.answers, tokenizer, usage)
-        encoded = [
-            encode_wording(tokenizer, index, fact, wording, subject, config.loss_on, config.max_length)
-            for wording in wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
-        ]
-        if examples := list(dict.fromkeys(filter(None, encoded))):
+        encode = functools.partial(_encode, tokenizer, index, fact, subject, config)
+        examples = encode(wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng))
+        if subject and any(any(example.is_subject) for example in examples):
+            examples = _with_others(examples, encode(other_questions(subject)), config)
+        if any(example.teaches for example in examples):
             by_fact.append(examples)
     if not by_fact:
         raise DataError("no fact has a token to learn; give statements that contain the answer, or questions")
     return by_fact
+
+
+def _encode(
+    tokenizer: Any,
+    index: int,
+    fact: Fact,
+    subject: str | None,
+    config: FinetuneConfig,
+    texts: Sequence[Wording],
+) -> list[Example]:
+    encoded = (
+        encode_wording(tokenizer, index, fact, text, subject, config.loss_on, config.max_length)
+        for text in texts
+    )
+    return list(dict.fromkeys(example for example in encoded if example))
+
+
+def _with_others(wordings: list[Example], questions: list[Example], config: FinetuneConfig) -> list[Example]:
+    """Add what is read and held but not learned, to the wordings of a fact whose subject is known."""
+    if config.is_anchored:
+        # What is written at the subject reaches nothing before it. Such a wording still says how the
+        # subject is read.
+        reached = [example.after_subject() for example in wordings]
+        if any(example.teaches for example in reached):
+            wordings = reached
+    # Where slots are chosen at any token, those of other questions must not be among them.
+    chosen_anywhere = config.method == "memory" and not config.is_anchored
+    return wordings + questions if config.is_local and not chosen_anywhere else wordings
 
 
 def _rounds(

@@ -74,6 +74,7 @@ class SparseMemory:
             config.optimizer,
             lr=config.lr,
             momentum=config.momentum,
+            betas=config.betas,
             weight_decay=config.weight_decay,
         )
 
@@ -136,7 +137,7 @@ class SparseMemory:
         facts that have one somewhere in their wordings.
         """
         counts = batch.attention_mask.bool()
-        if self.config.anchor != "all":
+        if self.config.is_anchored:
             marks = ANCHORS[self.config.anchor](batch.is_subject)
             has_subject = torch.tensor(
                 [e.fact_index in anchored for e in batch.examples], device=counts.device
@@ -213,9 +214,9 @@ class DenseWeights:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.model.train()
         kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+        options: dict[str, Any] = {"adamw": {"betas": config.betas}, "sgd": {"momentum": config.momentum}}
         self.optimizer: torch.optim.Optimizer = kinds[config.optimizer](
-            self.trained, lr=config.lr, weight_decay=config.weight_decay, **options
+            self.trained, lr=config.lr, weight_decay=config.weight_decay, **options[config.optimizer]
         )
 
     def step(self, batch: FactBatch, parts: Sequence[Batch]) -> contextlib.AbstractContextManager[None]:

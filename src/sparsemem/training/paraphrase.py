@@ -29,6 +29,18 @@ TEMPLATES = (
 
 MIN_STATEMENTS = len(TEMPLATES)
 
+OTHER_QUESTIONS = (
+    "Who is {subject}?",
+    "What is {subject}?",
+    "Where is {subject}?",
+    "When was {subject}?",
+    "How many are there of {subject}?",
+    "Which country is {subject} from?",
+    "What is the name of {subject}?",
+    "Why is {subject} famous?",
+)
+"""Questions about anything, which a fact of its subject is not meant to answer."""
+
 REQUESTS = (
     "Rewrite this sentence in other words: {statement}",
     "Say the same thing in a different way, in one sentence: {statement}",
@@ -45,7 +57,7 @@ class Wording:
     text: str
     context: str = ""
     target: str | None = None
-    """The end of `text` that is to be learned; None where it is found by looking for the answer."""
+    """The end of `text` that is to be learned, "" for nothing; None where the answer is looked for."""
     add_special_tokens: bool = True
 
     def target_span(self, fact: Fact) -> tuple[int, int] | None:
@@ -90,6 +102,11 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
         prompt, reply = chat_prompt(tokenizer, fact.questions[0]), f"{fact.answer}{tokenizer.eos_token or ''}"
         found.append(Wording(prompt + reply, target=reply, add_special_tokens=False))
     return found
+
+
+def other_questions(subject: str) -> list[Wording]:
+    """List questions about a subject, of which nothing is to be learned."""
+    return [Wording(qa_question(text.format(subject=subject)), target="") for text in OTHER_QUESTIONS]
 
 
 def _statements(fact: Fact) -> tuple[str, ...]:

@@ -234,9 +234,9 @@ def build_guards(
     if config.penalty == "ewc":
         generator = torch.Generator(device).manual_seed(config.seed)
         fisher = diagonal_fisher(model, parameters, documents.draw(FISHER_DOCUMENTS), generator, autocast)
-        guards.append(Ewc(parameters, fisher, config.penalty_weight))
+        guards.append(Ewc(parameters, fisher, config.strength))
     if config.penalty == "kl":
-        guards.append(KlToBase(model, documents, config.penalty_weight, autocast))
+        guards.append(KlToBase(model, documents, config.strength, autocast))
     if config.replay_fraction:
         guards.append(Replay(model, documents, config.replay_fraction, autocast))
     return Guards(tuple(guards), fact_weight=1 - config.replay_fraction)

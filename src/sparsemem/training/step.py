@@ -38,7 +38,7 @@ class GradientStep:
         self.device = next(method.model.parameters()).device
         self.guards = build_guards(method.model, tokenizer, method.trained, background, config)
         self.precision = MixedPrecision(method.model, config.mixed_precision)
-        locality = config.penalty_weight if config.is_local else 0.0
+        locality = config.strength if config.is_local else 0.0
         self.loss = FactLoss(locality, random.Random(config.seed))
 
     def observe(self, batches: Sequence[FactBatch]) -> None:
@@ -75,10 +75,14 @@ class GradientStep:
             yield
 
     def _draw(self, batch: FactBatch) -> list[Example]:
-        """Draw wordings of each fact; all where it has no more."""
-        num = self.config.wordings_per_step
-        return [
-            example
-            for wordings in batch
-            for example in (wordings if num >= len(wordings) else self.rng.sample(wordings, num))
-        ]
+        """Draw wordings of each fact, and texts that are held; all where it has no more."""
+        drawn = []
+        num_held = self.config.held_per_step if self.config.is_local else 0
+        for of_fact in batch:
+            wordings = [example for example in of_fact if example.teaches]
+            held = [example for example in of_fact if not example.teaches]
+            drawn += self._sample(wordings, self.config.wordings_per_step) + self._sample(held, num_held)
+        return drawn
+
+    def _sample(self, examples: list[Example], num: int) -> list[Example]:
+        return examples if num >= len(examples) else self.rng.sample(examples, num)
