@@ -29,7 +29,7 @@ class MemoryConfig:
     """Slots read per head and token."""
     query_dim: int = 16
     """Width of half a key."""
-    quorum: float = 0.25
+    quorum: float = 0.33
     """Share of a token's reads that must find a written slot for the full answer; fewer get less of it, and
     with 0 every read counts alone. Of no effect with a base table, where every slot is written."""
     value_dim: int | None = None
