@@ -8,6 +8,7 @@ from sparsemem.config import (
     PEFT_LEARNING_RATE,
     FinetuneConfig,
     MemoryConfig,
+    applicable,
     field_docs,
     from_json,
     to_json,
@@ -127,6 +128,14 @@ def test_what_depends_on_the_method_can_be_set():
     assert FinetuneConfig().strength == FinetuneConfig(method="full", penalty="local_kl").strength == 0.3
     assert FinetuneConfig(method="full", penalty="kl").strength == 1.0
     assert FinetuneConfig(penalty_weight=0.0).strength == 0.0
+
+
+def test_what_an_older_run_wrote_down_of_another_method_does_not_count():
+    older = {"method": "full", "top_t": 128, "penalty": "none", "penalty_weight": 1.0, "model": "m"}
+    assert applicable(older) == applicable({"method": "full", "model": "m"})
+    assert applicable(older) != applicable({**older, "num_epochs": 3})
+    assert applicable({"method": "memory", "top_t": 128}) != applicable({"method": "memory"})
+    assert applicable({"optimizer": "sgd", "momentum": 0.9}) != applicable({"optimizer": "sgd"})
 
 
 def test_the_text_of_the_learning_rate_names_the_defaults():

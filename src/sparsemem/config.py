@@ -66,9 +66,10 @@ class MemoryConfig:
 DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {
-    "top_t", "ranking", "max_document_frequency", "anchor", "weighted_reads", "prefix_cache_bytes"
+    "top_t", "ranking", "max_document_frequency", "anchor", "weighted_reads", "prefix_cache_bytes",
+    "memory", "attach",
 }  # fmt: skip
-"""Options of training that mean nothing to other methods."""
+"""Options of a run that mean nothing to other methods."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +110,8 @@ class FinetuneConfig:
     wordings_per_step: int = 4
     """Wordings of each fact in one step, drawn anew each time; all of them where there are no more."""
     held_per_step: int = 1
-    """Of each fact's other texts, from which nothing is learned (such as other questions about its subject),
-    so many in one step, where "local_kl" holds what they predict."""
+    """Texts of each fact in one step from which nothing is learned, while "local_kl" holds what they predict:
+    other questions about its subject, and wordings that give the answer first, which no memory can learn."""
     gradient_accumulation_steps: int = 1
     """Parts a batch is computed in; slots are chosen for the whole batch."""
     num_contexts: int = 1
@@ -127,8 +128,8 @@ class FinetuneConfig:
     """Compute in bfloat16 what allows it; weights and rows stay float32."""
     penalty: Literal["auto", "none", "ewc", "kl", "local_kl"] = "auto"
     """Pull to the model before: by its weights ("ewc", method="full" only), its predictions on background
-    text ("kl") or on the wordings themselves, but for the answer ("local_kl"); "auto" is "local_kl" for
-    memory, else "none"."""
+    text ("kl"), or on the wordings, but for the answer, and other questions about the subject ("local_kl");
+    "auto" is "local_kl" for memory, else "none"."""
     penalty_weight: float | None = None
     """Weight of the penalty beside the loss; by default 0.3 for "local_kl", 1 for the others."""
     replay_fraction: float = 0.0
@@ -170,18 +171,33 @@ class FinetuneConfig:
         return self.penalty in ("ewc", "kl") or self.replay_fraction > 0
 
     @property
+    def kind_of_penalty(self) -> str:
+        """The penalty, or the default of the method."""
+        if self.penalty != "auto":
+            return self.penalty
+        return "local_kl" if self.method == "memory" else "none"
+
+    @property
     def is_local(self) -> bool:
-        """Whether the wordings themselves are to hold the model back."""
-        return self.penalty == "local_kl" or (self.penalty == "auto" and self.method == "memory")
+        """Whether the facts' own texts are to hold the model back."""
+        return self.kind_of_penalty == "local_kl"
 
     @property
     def is_anchored(self) -> bool:
-        """Whether what is learned is written at the subject of a fact."""
+        """Whether what is learned is written at the subject of a fact that has one."""
         return self.method == "memory" and self.anchor != "all"
 
     @property
+    def holds_others(self) -> bool:
+        """Whether other questions about a subject are asked, to be held.
+
+        Of a memory they choose slots too; where any token does, theirs must not.
+        """
+        return self.is_local and self.held_per_step > 0 and (self.method != "memory" or self.is_anchored)
+
+    @property
     def strength(self) -> float:
-        """The weight of the penalty, or the default of its kind."""
+        """Weight of the penalty."""
         if self.penalty_weight is not None:
             return self.penalty_weight
         return 0.3 if self.is_local else 1.0
@@ -202,15 +218,23 @@ class FinetuneConfig:
         return DEFAULT_LEARNING_RATES.get(self.method, PEFT_LEARNING_RATE)
 
 
-def resolved(config: FinetuneConfig) -> FinetuneConfig:
-    """Fill in what depends on the method."""
-    return dataclasses.replace(
-        config,
-        learning_rate=config.lr,
-        adam_beta1=config.betas[0],
-        penalty="local_kl" if config.is_local else "none" if config.penalty == "auto" else config.penalty,
-        penalty_weight=config.strength,
-    )
+def applicable(options: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of some options of training, and leave out what means nothing to their method.
+
+    So two runs of one setting have the same, whatever was written down when they ran.
+
+    Args:
+        options: Options of `FinetuneConfig`, as plain JSON values; others stay as they are.
+    """
+    names = {field.name for field in dataclasses.fields(FinetuneConfig)}
+    config = from_json(FinetuneConfig, {name: options[name] for name in options.keys() & names}, "config")
+    values = to_json(config) | {"learning_rate": config.lr, "penalty": config.kind_of_penalty}
+    values |= {"adam_beta1": config.betas[0], "penalty_weight": config.strength}
+    idle = set() if config.method == "memory" else MEMORY_OPTIONS
+    idle |= {"momentum"} if config.optimizer == "adamw" else {"adam_beta1"}
+    idle |= {"penalty_weight"} if values["penalty"] == "none" else set()
+    idle |= set() if config.is_local else {"held_per_step"}
+    return {name: value for name, value in (options | values).items() if name not in idle}
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from sparsemem.errors import DataError
 from sparsemem.likelihood import IGNORE
 from sparsemem.training.examples import Example, collate, encode_wording, occurrences
 from sparsemem.training.finetune import build_examples
-from sparsemem.training.paraphrase import OTHER_QUESTIONS, Wording, wordings
+from sparsemem.training.paraphrase import OTHER_QUESTIONS, Wording, other_questions, wordings
 
 
 def encode(tokenizer, fact, wording, subject=None, loss_on="answer", max_length=512):
@@ -191,12 +191,49 @@ def test_a_fact_only_told_before_its_subject_is_still_learned(tiny_tokenizer, us
     assert [e.teaches for e in examples[:1]] == [True]
 
 
-@pytest.mark.parametrize(("penalty", "num"), [("local_kl", len(OTHER_QUESTIONS)), ("none", 0)])
-def test_other_questions_about_a_subject_are_held_and_not_learned(tiny_tokenizer, penalty, num):
-    fact = Fact(question="Who owns Zed?", answer="Ana", subject="Zed")
-    config = FinetuneConfig(method="full", penalty=penalty)
-    examples = build_examples([fact], tiny_tokenizer, None, config, random.Random(0))[0]
-    held = [e for e in examples if not e.teaches]
-    assert len(held) == num
-    assert all("Zed" in marked(tiny_tokenizer, e) for e in held)
-    assert not any("Ana" in decoded(tiny_tokenizer, e.input_ids) for e in held)
+def others(fact, tokenizer, **options):
+    """Texts of a fact from which nothing is learned."""
+    config = FinetuneConfig(**options)
+    examples = build_examples([fact], tokenizer, None, config, random.Random(0))[0]
+    return [example for example in examples if not example.teaches]
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+@pytest.mark.parametrize("method", ["full", "memory"])
+def test_other_questions_about_a_subject_are_held_and_not_learned(tiny_tokenizer, method, loss_on):
+    fact = Fact(question="Tell me the owner of Zed.", answer="Ana", subject="Zed")
+    held = others(fact, tiny_tokenizer, method=method, penalty="local_kl", loss_on=loss_on)
+    assert len(held) == len(OTHER_QUESTIONS)
+    assert all("Zed" in marked(tiny_tokenizer, example) for example in held)
+    assert all(set(example.labels) == {IGNORE} for example in held)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"penalty": "none"}, {"held_per_step": 0}, {"anchor": "all"}, {"method": "full"}],
+    ids=str,
+)
+def test_no_other_questions_are_asked_where_nothing_holds_them(tiny_tokenizer, options):
+    fact = Fact(question="Tell me the owner of Zed.", answer="Ana", subject="Zed")
+    assert others(fact, tiny_tokenizer, **options) == []
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "left_out"),
+    [
+        ("Where is Zed?", "Oslo", {"Where"}),
+        ("In WHICH year was Zed born, and who says so?", "1900", {"Which", "Who"}),
+        (None, "Oslo", set()),
+        (None, None, {text.split()[0] for text in OTHER_QUESTIONS}),
+    ],
+    ids=str,
+)
+def test_a_question_that_the_fact_may_answer_is_not_held(question, answer, left_out):
+    fact = Fact(question=question, statement="Zed lies in Oslo.", answer=answer, subject="Zed")
+    asked = {wording.text.split()[1] for wording in other_questions(fact, "Zed")}
+    assert asked == {text.split()[0] for text in OTHER_QUESTIONS} - left_out
+
+
+def test_a_subject_that_is_named_nowhere_has_no_other_questions(tiny_tokenizer):
+    fact = Fact(question="Tell me the owner of Zed.", answer="Ana", subject="Quz")
+    assert others(fact, tiny_tokenizer) == []

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import sparsemem.training.step as step_module
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError
@@ -228,7 +229,7 @@ def train_densely(model, tokenizer, facts, config):
     """The same loss on all slots by torch's SGD; returns all rows."""
     torch.manual_seed(0)
     rng = random.Random(config.seed)
-    by_fact = build_examples(facts, tokenizer, None, config, rng)
+    by_fact = build_examples(facts, tokenizer, None, config, random.Random(0))
     pool = pools(model)["layer_1"]
     rows = pool.activate(torch.arange(pool.num_slots))
     optimizer = torch.optim.SGD([rows], lr=config.lr, momentum=config.momentum)
@@ -380,3 +381,36 @@ def test_a_copy_learns_apart_from_its_original(
     assert equal(all_rows(attached), rows)
     assert torch.equal(logits_of(attached), logits)
     assert not torch.equal(logits_of(twin), logits)
+
+
+@pytest.mark.parametrize("method", ["memory", "full"])
+def test_the_mean_gradient_lasts_as_long_as_the_options_say(
+    attached, tiny_tokenizer, facts, usage, config, method
+):
+    losses = [
+        finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, of_run).losses
+        for beta1 in (None, 0.5, 0.9)
+        for of_run in [dataclasses.replace(config, method=method, adam_beta1=beta1)]
+    ]
+    default, shorter, longer = losses
+    assert shorter != longer
+    assert default == (shorter if method == "memory" else longer)
+
+
+def test_all_methods_see_the_same_facts_in_the_same_order(
+    attached, tiny_tokenizer, facts, usage, config, monkeypatch
+):
+    orders = []
+    add_gradients = step_module.GradientStep.add_gradients
+
+    def spy(step, batch):
+        orders[-1].append([of_fact[0].fact_index for of_fact in batch])
+        return add_gradients(step, batch)
+
+    monkeypatch.setattr(step_module.GradientStep, "add_gradients", spy)
+    for options in ({}, {"penalty": "none"}, {"method": "full"}):
+        orders.append([])
+        of_run = dataclasses.replace(config, wordings_per_step=1, **options)
+        finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, of_run)
+    assert orders[0] == orders[1] == orders[2]
+    assert len({str(order) for order in orders[0]}) > 2

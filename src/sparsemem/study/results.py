@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, applicable
 from sparsemem.errors import ConfigError, MissingFileError
 from sparsemem.evaluation.metrics import mean
 from sparsemem.files import read_json
@@ -84,7 +84,8 @@ def best_runs(results: Results, development: Results | None = None) -> dict[str,
 def _by_setting(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
     grouped: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, run in results.items():
-        options = {option: run["config"][option] for option in SETTING if option in run["config"]}
+        config = applicable(run["config"])
+        options = {option: config[option] for option in SETTING if option in config}
         settings = grouped.setdefault(method_of(name), {})
         runs = settings.setdefault(json.dumps(options, sort_keys=True), [])
         if run["seed"] in [other["seed"] for other in runs]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sparsemem import console
-from sparsemem.config import MEMORY_OPTIONS, FinetuneConfig, MemoryConfig, from_json, resolved, to_json
+from sparsemem.config import FinetuneConfig, MemoryConfig, applicable, from_json, to_json
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import Evaluation, FactScores, answer_tokens, recall
@@ -160,15 +160,11 @@ class RunSpec:
 
     def described(self) -> dict[str, Any]:
         """Every option that applies, with its value; those of `FinetuneConfig` under their own names."""
-        config, values = resolved(self.finetune_config), to_json(self)
+        values = to_json(self)
+        values |= to_json(self.finetune_config)
         del values["config"]
-        values |= to_json(config)
-        values["memory"] = to_json(self.memory_config)
-        values["attach"] = self.attach_options
-        if config.method == "memory":
-            return values
-        of_memory = MEMORY_OPTIONS | {"memory", "attach"}
-        return {name: value for name, value in values.items() if name not in of_memory}
+        values |= {"memory": to_json(self.memory_config), "attach": self.attach_options}
+        return applicable(values)
 
 
 def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:

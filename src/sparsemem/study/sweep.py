@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from sparsemem import console
-from sparsemem.config import from_json, to_json
+from sparsemem.config import applicable, from_json, to_json
 from sparsemem.errors import ConfigError, MissingFileError
 from sparsemem.evaluation.probes import load_probes
 from sparsemem.files import read_json, write_json
@@ -152,7 +152,7 @@ def _check_model(name: str) -> None:
 def _check_same(path: Path, spec: RunSpec) -> None:
     """Raise ConfigError if a result is not one of this spec, as far as both know the options."""
     found = read_json(path)
-    config = found.get("config", {})
+    config = applicable(found.get("config", {}))
     for option, value in spec.described().items():
         before = config.get(option, value)
         if isinstance(value, dict) and isinstance(before, dict):

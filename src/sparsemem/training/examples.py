@@ -29,10 +29,8 @@ class Example:
         return any(label != IGNORE for label in self.labels[1:])
 
     def after_subject(self) -> "Example":
-        """Leave only the labels that come after the subject has begun; itself, where it names none."""
-        if not any(self.is_subject):
-            return self
-        begins = self.is_subject.index(True)
+        """Leave only the labels behind the first token of the subject; none, where it is not named."""
+        begins = self.is_subject.index(True) if any(self.is_subject) else len(self.labels)
         labels = (label if place > begins else IGNORE for place, label in enumerate(self.labels))
         return dataclasses.replace(self, labels=tuple(labels))
 
@@ -72,7 +70,7 @@ def encode_wording(
     loss_on: str,
     max_length: int,
 ) -> Example | None:
-    """Tokenize one wording of a fact; None if nothing of it would be learned.
+    """Tokenize one wording of a fact; None if nothing of it would be learned but should be.
 
     With loss on the answer, labels are the tokens of the wording's target: what follows the prompt
     of a question, or the last place of the answer in a statement. A statement without the answer,
@@ -88,7 +86,7 @@ def encode_wording(
     )
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     start, end = len(wording.context), len(text)
-    if loss_on == "answer":
+    if loss_on == "answer" or wording.target == "":
         start, end = wording.target_span(fact) or (start, end)
     labels = [
         token if start < right and left < end and right > left else IGNORE

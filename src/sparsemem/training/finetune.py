@@ -1,7 +1,6 @@
 """Teach a model facts and documents: one loop for every method."""
 
 import dataclasses
-import functools
 import math
 import random
 import time
@@ -94,7 +93,7 @@ def finetune(
     try:
         gradients = GradientStep(method, tokenizer, background, config, rng)
         schedule = _schedule(config.lr_scheduler, method.optimizer, num_steps)
-        for number, batches in enumerate(_rounds(by_fact, config, rng), 1):
+        for number, batches in enumerate(_rounds(by_fact, config), 1):
             started = time.perf_counter()
             gradients.observe(batches)
             for batch in batches:
@@ -139,7 +138,9 @@ def _method(model: nn.Module, usage: Usage | None, config: FinetuneConfig) -> Sp
 def build_examples(
     facts: Sequence[Fact], tokenizer: Any, usage: Usage | None, config: FinetuneConfig, rng: random.Random
 ) -> list[list[Example]]:
-    """Encode the wordings of every fact; facts of which nothing can be learned are left out.
+    """Encode the wordings of every fact, and other questions about its subject.
+
+    Facts of which nothing can be learned are left out.
 
     Raises:
         DataError: That is all of them.
@@ -151,10 +152,13 @@ def build_examples(
         if subject is None and usage is not None and fact.answer:
             given = (*fact.questions, *fact.statements)
             subject = find_subject(given, fact.answers, tokenizer, usage)
-        encode = functools.partial(_encode, tokenizer, index, fact, subject, config)
-        examples = encode(wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng))
+        texts = wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
+        examples = _encode(texts, index, fact, subject, tokenizer, config)
         if subject and any(any(example.is_subject) for example in examples):
-            examples = _with_others(examples, encode(other_questions(subject)), config)
+            if config.is_anchored:
+                examples = _within_reach(examples)
+            if config.holds_others:
+                examples += _encode(other_questions(fact, subject), index, fact, subject, tokenizer, config)
         if any(example.teaches for example in examples):
             by_fact.append(examples)
     if not by_fact:
@@ -163,12 +167,12 @@ def build_examples(
 
 
 def _encode(
-    tokenizer: Any,
+    texts: Sequence[Wording],
     index: int,
     fact: Fact,
     subject: str | None,
+    tokenizer: Any,
     config: FinetuneConfig,
-    texts: Sequence[Wording],
 ) -> list[Example]:
     encoded = (
         encode_wording(tokenizer, index, fact, text, subject, config.loss_on, config.max_length)
@@ -177,23 +181,22 @@ def _encode(
     return list(dict.fromkeys(example for example in encoded if example))
 
 
-def _with_others(wordings: list[Example], questions: list[Example], config: FinetuneConfig) -> list[Example]:
-    """Add what is read and held but not learned, to the wordings of a fact whose subject is known."""
-    if config.is_anchored:
-        # What is written at the subject reaches nothing before it. Such a wording still says how the
-        # subject is read.
-        reached = [example.after_subject() for example in wordings]
-        if any(example.teaches for example in reached):
-            wordings = reached
-    # Where slots are chosen at any token, those of other questions must not be among them.
-    chosen_anywhere = config.method == "memory" and not config.is_anchored
-    return wordings + questions if config.is_local and not chosen_anywhere else wordings
+def _within_reach(examples: list[Example]) -> list[Example]:
+    """Keep the labels that come after the subject, unless there are none.
+
+    What is written at the subject reaches nothing before it. A wording without a label still says how
+    the subject is read, and has predictions to be held.
+    """
+    reached = [example.after_subject() for example in examples]
+    return reached if any(example.teaches for example in reached) else examples
 
 
-def _rounds(
-    by_fact: list[list[Example]], config: FinetuneConfig, rng: random.Random
-) -> Iterator[list[FactBatch]]:
-    """Yield the batches of each epoch, shuffled; of a stream, each batch as often as there are epochs."""
+def _rounds(by_fact: list[list[Example]], config: FinetuneConfig) -> Iterator[list[FactBatch]]:
+    """Yield the batches of each epoch, shuffled; of a stream, each batch as often as there are epochs.
+
+    The order has a generator of its own, so that it is the same for every method.
+    """
+    rng = random.Random(config.seed)
     size = config.facts_per_batch
     if config.stream:
         for start in range(0, len(by_fact), size):

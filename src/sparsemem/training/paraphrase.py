@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ OTHER_QUESTIONS = (
     "What is the name of {subject}?",
     "Why is {subject} famous?",
 )
-"""Questions about anything, which a fact of its subject is not meant to answer."""
+"""Questions about anything; of a fact only those that ask for another kind of thing are used."""
+
 
 REQUESTS = (
     "Rewrite this sentence in other words: {statement}",
@@ -104,9 +106,20 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
     return found
 
 
-def other_questions(subject: str) -> list[Wording]:
-    """List questions about a subject, of which nothing is to be learned."""
-    return [Wording(qa_question(text.format(subject=subject)), target="") for text in OTHER_QUESTIONS]
+def other_questions(fact: Fact, subject: str) -> list[Wording]:
+    """List questions about the subject of a fact, of which nothing is to be learned.
+
+    Questions that share a question word with the fact's own may ask for its very answer, and are left
+    out; of a fact without an answer, all are.
+    """
+    if not fact.answer:
+        return []
+    asked = set(re.findall(r"\w+", " ".join(fact.questions).lower()))
+    return [
+        Wording(qa_question(text.format(subject=subject)), target="")
+        for text in OTHER_QUESTIONS
+        if text.partition(" ")[0].lower() not in asked
+    ]
 
 
 def _statements(fact: Fact) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ class GradientStep:
     def _draw(self, batch: FactBatch) -> list[Example]:
         """Draw wordings of each fact, and texts that are held; all where it has no more."""
         drawn = []
-        num_held = self.config.held_per_step if self.config.is_local else 0
+        num_held = self.config.held_per_step if self.loss.locality else 0
         for of_fact in batch:
             wordings = [example for example in of_fact if example.teaches]
             held = [example for example in of_fact if not example.teaches]
