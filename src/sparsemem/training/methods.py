@@ -82,9 +82,9 @@ class SparseMemory:
     def step(self, batch: FactBatch, parts: Sequence[Batch]) -> Iterator[None]:
         """Within this context the parts of one optimizer step run, all with the same selection.
 
-        Slots are chosen for all wordings of the batch's facts. Where one part holds them all that
-        happens inside its forward pass. Where it does not, or a higher layer on the same pool reads
-        too, the reads are collected before, in a pass that ends at the memory.
+        Slots are chosen for all wordings and other texts of the batch's facts. Where one part holds them
+        all that happens inside its forward pass. Where it does not, or a higher layer on the same pool
+        reads too, the reads are collected before, in a pass that ends at the memory.
         """
         chosen: set[str] = set()
         if self.shares_pools or len(parts) > 1 or not _holds(parts[0], batch):
