@@ -1,5 +1,6 @@
 """How often, in what order and how precisely facts are shown; and what stands beside them."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -63,6 +64,19 @@ def test_each_step_holds_some_other_texts_of_each_fact(
     finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, **options))
     for of_batch, examples in shown:
         assert sorted(e.fact_index for e in examples if not e.teaches) == sorted(of_batch * num)
+
+
+def test_all_methods_see_the_same_facts_in_the_same_order(
+    attached, tiny_tokenizer, facts, usage, config, shown
+):
+    orders = []
+    for options in ({}, {"penalty": "none"}, {"method": "full"}):
+        shown.clear()
+        of_run = dataclasses.replace(config, wordings_per_step=1, num_epochs=6, **options)
+        finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, of_run)
+        orders.append([of_batch for of_batch, _ in shown])
+    assert orders[0] == orders[1] == orders[2]
+    assert len({str(order) for order in orders[0]}) > 2
 
 
 def test_slots_are_chosen_for_all_wordings_and_not_for_those_drawn(

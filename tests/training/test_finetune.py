@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 
-import sparsemem.training.step as step_module
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError
@@ -395,22 +394,3 @@ def test_the_mean_gradient_lasts_as_long_as_the_options_say(
     default, shorter, longer = losses
     assert shorter != longer
     assert default == (shorter if method == "memory" else longer)
-
-
-def test_all_methods_see_the_same_facts_in_the_same_order(
-    attached, tiny_tokenizer, facts, usage, config, monkeypatch
-):
-    orders = []
-    add_gradients = step_module.GradientStep.add_gradients
-
-    def spy(step, batch):
-        orders[-1].append([of_fact[0].fact_index for of_fact in batch])
-        return add_gradients(step, batch)
-
-    monkeypatch.setattr(step_module.GradientStep, "add_gradients", spy)
-    for options in ({}, {"penalty": "none"}, {"method": "full"}):
-        orders.append([])
-        of_run = dataclasses.replace(config, wordings_per_step=1, **options)
-        finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, of_run)
-    assert orders[0] == orders[1] == orders[2]
-    assert len({str(order) for order in orders[0]}) > 2

@@ -42,7 +42,6 @@ OTHER_QUESTIONS = (
 )
 """Questions about anything; of a fact only those that ask for another kind of thing are used."""
 
-
 REQUESTS = (
     "Rewrite this sentence in other words: {statement}",
     "Say the same thing in a different way, in one sentence: {statement}",
