@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from sparsemem import console
@@ -187,7 +188,7 @@ def _log_folder(results: Path, cache: Path) -> Path:
 def _start(spec: RunSpec, result: Path, log: Path, jobs: int, cache: Path) -> "subprocess.Popen[bytes]":
     write_json(log.with_suffix(".json"), to_json(spec))
     command = [sys.executable, "-m", "sparsemem.study.run", log.with_suffix(".json"), result, cache]
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = str(max(1, torch.get_num_threads() // jobs))
     with log.open("wb") as output:
         return subprocess.Popen(
             [str(word) for word in command],
