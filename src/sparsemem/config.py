@@ -66,8 +66,8 @@ class MemoryConfig:
 DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {
-    "top_t", "ranking", "max_document_frequency", "anchor", "weighted_reads", "prefix_cache_bytes",
-    "memory", "attach",
+    "top_t", "ranking", "max_document_frequency", "anchor", "tie_rows", "weighted_reads",
+    "prefix_cache_bytes", "memory", "attach",
 }  # fmt: skip
 """Options of a run that mean nothing to other methods."""
 
@@ -86,6 +86,9 @@ class FinetuneConfig:
     """Slots that a larger share of the background's documents reads are never trained."""
     anchor: Literal["subject", "subject_tail", "subject_end", "all"] = "subject_tail"
     """Rank the slots read at the subject (all its tokens, all but the first, the last), or anywhere."""
+    tie_rows: bool = True
+    """The slots of a fact hold one row, so that it says the same wherever it is read; of facts that have a
+    subject. In the paper each slot has its own."""
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None
@@ -186,6 +189,11 @@ class FinetuneConfig:
     def is_anchored(self) -> bool:
         """Whether what is learned is written at the subject of a fact that has one."""
         return self.method == "memory" and self.anchor != "all"
+
+    @property
+    def ties_rows(self) -> bool:
+        """Whether the slots of a fact that has a subject move as one."""
+        return self.tie_rows and self.is_anchored
 
     @property
     def holds_others(self) -> bool:

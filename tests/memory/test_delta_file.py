@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sparsemem.files
 from sparsemem.errors import CheckpointError, MissingFileError, OutputError
@@ -92,7 +92,7 @@ def tensors_of(change):
     [
         (None, "not a sparsemem-delta file"),
         (header_of(format="sparsemem-usage"), "sparsemem-usage"),
-        (header_of(format_version="2"), "upgrade sparsemem"),
+        (header_of(format_version="3"), "upgrade sparsemem"),
         (header_of(format_version="1.5"), "upgrade sparsemem"),
         (header_of(format_version="²"), "upgrade sparsemem"),
         (header_of(), "digest"),
@@ -169,3 +169,43 @@ def test_a_full_disk_keeps_the_file_that_was_there(tmp_path, monkeypatch):
         make_delta(seed=2).save(tmp_path / "delta.safetensors")
     assert SparseDelta.load(tmp_path / "delta.safetensors")[0].digest == make_delta(seed=1).digest
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def make_tied_delta():
+    rows = torch.tensor([[1.0, 2.0, 3.0], [-0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    slot_ids, after = torch.arange(SLOTS), rows[torch.arange(SLOTS) % 3]
+    return SparseDelta({"layer_1": RowChange(slot_ids, torch.zeros(SLOTS, WIDTH), after, SLOTS)})
+
+
+def test_a_row_that_many_slots_hold_is_stored_and_counted_once(tmp_path):
+    delta = make_tied_delta()
+    delta.save(tmp_path / "delta.safetensors")
+    tensors = load_file(tmp_path / "delta.safetensors")
+    assert tensors["before.layer_1"].shape == (1, WIDTH)
+    assert tensors["after.layer_1"].shape == (3, WIDTH)
+    assert delta.num_values == 3 * WIDTH
+    loaded = SparseDelta.load(tmp_path / "delta.safetensors")[0]
+    assert loaded.digest == delta.digest
+    before, after = (change.changes["layer_1"].after.view(torch.int32) for change in (delta, loaded))
+    assert torch.equal(before, after)
+
+
+def test_a_file_of_format_1_which_has_a_row_for_each_slot_is_read(tmp_path):
+    delta = SparseDelta({"layer_1": make_delta().changes["layer_1"]})
+    header = {**header_of(), "digest": delta.digest}
+    save_file(tensors_of(delta.changes["layer_1"]), tmp_path / "delta.safetensors", metadata=header)
+    assert SparseDelta.load(tmp_path / "delta.safetensors")[0].digest == delta.digest
+
+
+@pytest.mark.parametrize(
+    "index",
+    [torch.arange(SLOTS), torch.arange(SLOTS) - 1, torch.zeros(SLOTS, dtype=torch.int32), torch.zeros(1, 1)],
+    ids=["too high", "negative", "type", "shape"],
+)
+def test_an_index_of_rows_that_are_not_there_is_an_error(tmp_path, index):
+    path = tmp_path / "delta.safetensors"
+    make_tied_delta().save(path)
+    _, header = SparseDelta.load(path)
+    save_file({**load_file(path), "after_index.layer_1": index}, path, metadata=header)
+    with pytest.raises(CheckpointError, match=r"after_index of pool 'layer_1'"):
+        SparseDelta.load(path)

@@ -160,3 +160,32 @@ def test_a_guard_without_background_is_told_before_anything_is_changed(
 def test_what_cannot_be_is_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         FinetuneConfig(**options)
+
+
+def rows_by_fact(delta):
+    """Distinct rows an update left."""
+    (change,) = delta.changes.values()
+    return len(change.after.unique(dim=0)), len(change.slot_ids)
+
+
+def test_the_slots_of_a_fact_hold_one_row(attached, tiny_tokenizer, facts, usage, config):
+    for batch in (1, 2):
+        one_layer = dataclasses.replace(config, facts_per_batch=batch)
+        model = copy.deepcopy(attached)
+        num_rows, num_slots = rows_by_fact(finetune(model, tiny_tokenizer, facts, usage, one_layer).delta)
+        assert num_rows == len(facts) < num_slots
+
+
+@pytest.mark.parametrize("options", [{"tie_rows": False}, {"anchor": "all"}], ids=str)
+def test_each_slot_has_its_own_row_where_rows_are_not_tied(
+    attached, tiny_tokenizer, facts, usage, config, options
+):
+    delta = finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, **options)).delta
+    num_rows, num_slots = rows_by_fact(delta)
+    assert num_rows == num_slots > len(facts)
+
+
+def test_a_fact_without_a_subject_has_many_rows(attached, tiny_tokenizer, usage, config):
+    facts = [Fact(statement="It was cold.", subject="nowhere")]
+    num_rows, num_slots = rows_by_fact(finetune(attached, tiny_tokenizer, facts, usage, config).delta)
+    assert num_rows == num_slots > 1

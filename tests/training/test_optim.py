@@ -77,6 +77,20 @@ def test_rows_outside_the_selection_keep_every_bit(pool, start, name, options):
     assert not torch.isclose(pool.current(trained), start[trained]).any()
 
 
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_tied_rows_move_as_the_one_row_they_are(pool, start, name, options):
+    slot_ids, grads = torch.tensor([2, 7, 9]), gradients(10)
+    pool.write(torch.tensor([9]), start[[2]])
+    optimizer = SlotOptimizer({"p": pool}, name, lr=0.05, **options)
+    optimizer.ties["p"] = torch.tensor([4, -1, 4])
+    train(pool, optimizer, [slot_ids] * 10, grads)
+    summed = torch.stack([grads[:, 2] + grads[:, 9], grads[:, 7]], dim=1)
+    expected = stock(name, start[[2, 7]], summed, **options)
+    rows = pool.current(slot_ids)
+    torch.testing.assert_close(rows[:2], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(rows[0], rows[2])
+
+
 def test_each_pool_has_its_own_state(pool, start):
     other = Pool(NUM_SLOTS, WIDTH)
     optimizer = SlotOptimizer({"a": pool, "b": other}, lr=0.05)

@@ -13,7 +13,7 @@ from sparsemem.files import read_tensors, write_tensors
 from sparsemem.memory.pool import Pool
 
 FORMAT = "sparsemem-delta"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class SparseDelta:
 
     @property
     def num_values(self) -> int:
-        """Numbers changed, all pools together."""
-        return sum(change.after.numel() for change in self.changes.values())
+        """Numbers changed, all pools together; a row that many slots hold counts once."""
+        return sum(distinct(change.after)[0].numel() for change in self.changes.values())
 
     @property
     def digest(self) -> str:
@@ -116,7 +116,7 @@ class SparseDelta:
         """
         sizes = {f"num_slots.{name}": str(change.num_slots) for name, change in self.changes.items()}
         header = {"digest": self.digest, **sizes, **(metadata or {})}
-        write_tensors(Path(path), self._tensors(), FORMAT, FORMAT_VERSION, header)
+        write_tensors(Path(path), self._stored(), FORMAT, FORMAT_VERSION, header)
 
     @classmethod
     def load(cls, path: str | Path) -> tuple["SparseDelta", dict[str, str]]:
@@ -128,13 +128,14 @@ class SparseDelta:
         """
         path = Path(path)
         tensors, header = read_tensors(path, FORMAT, FORMAT_VERSION)
+        version = int(header["format_version"])
         names = sorted({key.partition(".")[2] for key in tensors})
         try:
             changes = {
                 name: RowChange(
                     slot_ids=tensors[f"slot_ids.{name}"],
-                    before=tensors[f"before.{name}"],
-                    after=tensors[f"after.{name}"],
+                    before=_rows(tensors, "before", name, version),
+                    after=_rows(tensors, "after", name, version),
                     num_slots=int(header[f"num_slots.{name}"]),
                 )
                 for name in names
@@ -153,6 +154,17 @@ class SparseDelta:
             for name, change in self.changes.items()
             for part in ("slot_ids", "before", "after")
         }
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Return what is written to a file: each row once, and which of them each slot holds."""
+        stored = {}
+        for key, tensor in self._tensors().items():
+            part, _, name = key.partition(".")
+            if part == "slot_ids":
+                stored[key] = tensor
+            else:
+                stored[key], stored[f"{part}_index.{name}"] = distinct(tensor)
+        return stored
 
     def _check_shapes(self, path: Path) -> None:
         for name, change in self.changes.items():
@@ -193,6 +205,32 @@ class DeltaRecorder:
                 pool = self.pools[name]
                 changes[name] = RowChange(ids, rows, pool.current(ids).cpu(), pool.num_slots)
         return SparseDelta(changes)
+
+
+def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the rows that differ in a bit, in the order they come, and which of them each row is.
+
+    Args:
+        rows: On the CPU, shape (rows, width).
+
+    Returns:
+        Shapes (distinct rows, width) and (rows,), int64.
+    """
+    places: dict[bytes, int] = {}
+    index = [places.setdefault(row.tobytes(), len(places)) for row in rows.contiguous().numpy()]
+    first = {place: row for row, place in reversed([*enumerate(index)])}
+    return rows[[first[place] for place in range(len(places))]], torch.tensor(index, dtype=torch.int64)
+
+
+def _rows(tensors: Mapping[str, Tensor], part: str, name: str, version: int) -> Tensor:
+    """Read the row of each slot; in format 1 each was written out."""
+    rows = tensors[f"{part}.{name}"]
+    if version == 1:
+        return rows
+    index = tensors[f"{part}_index.{name}"]
+    if index.dtype != torch.int64 or index.dim() != 1 or not ((index >= 0) & (index < len(rows))).all():
+        raise ValueError(f"{part}_index of pool {name!r}")
+    return rows[index]
 
 
 def _compose(first: RowChange, second: RowChange) -> RowChange:

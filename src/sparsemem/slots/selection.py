@@ -1,6 +1,5 @@
 """Selection: from the reads of a batch to the slots it may train."""
 
-import torch
 from torch import Tensor
 
 from sparsemem.slots.ranking import Ranking
@@ -15,7 +14,7 @@ def select_slots(
     ranking: Ranking,
     top_t: int,
     max_document_frequency: float = 1.0,
-) -> Tensor:
+) -> dict[int, Tensor]:
     """Choose the best `top_t` slots of each group of reads (a group is one fact).
 
     Works on the slots that are read and never on the whole pool, so its cost does not grow with it.
@@ -33,10 +32,10 @@ def select_slots(
             relies on the ranking alone.
 
     Returns:
-        Distinct slot ids of all groups, ascending.
+        Slot ids by group, best first; groups may share some.
     """
-    chosen = []
-    for group in groups.unique():
+    chosen = {}
+    for group in groups.unique().tolist():
         in_group = groups == group
         candidates, place = slot_ids[in_group].unique(return_inverse=True)
         reads = weights.new_zeros(len(candidates)).index_add_(0, place, weights[in_group])
@@ -47,5 +46,5 @@ def select_slots(
             scores = scores.masked_fill(common.to(scores.device), 0.0)
         # A stable sort of ascending ids: equal scores fall the same way on every machine.
         best = scores.argsort(descending=True, stable=True)[:top_t]
-        chosen.append(candidates[best[scores[best] > 0]])
-    return torch.cat(chosen).unique() if chosen else slot_ids.new_zeros(0)
+        chosen[group] = candidates[best[scores[best] > 0]]
+    return chosen

@@ -18,6 +18,7 @@ from sparsemem.evaluation.probes import Probe, load_probe, load_probes
 from sparsemem.files import check_new, new_folder
 from sparsemem.memory.attach import detach_memory, memory_layers, pools
 from sparsemem.memory.checkpoint import delta_paths, load, local_folder, read_header
+from sparsemem.memory.delta import distinct
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.store.deltas import DeltaStore
@@ -137,7 +138,7 @@ def evaluate_folder(
         model, tokenizer = load(folder)
     scores = measure("measure", model, tokenizer, fact_list, probe_list, prompt)
     trained = {name: pool.num_rows for name, pool in pools(model).items()}
-    num_values = sum(pool.rows.numel() for pool in pools(model).values())
+    num_values = sum(distinct(pool.rows.cpu())[0].numel() for pool in pools(model).values())
     return {
         "facts": fact_values(scores.facts),
         "probes": {

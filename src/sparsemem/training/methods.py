@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,13 @@ ANCHORS: dict[str, Callable[[Tensor], Tensor]] = {
 """Which of the subject's tokens choose slots."""
 
 
+Chosen = Mapping[int, Tensor]
+"""Slots by the fact that chose them."""
+
+NOBODY = -1
+"""Owner of a slot that no fact has chosen."""
+
+
 class SparseMemory:
     """The method of this project: of all the model only the chosen slots move.
 
@@ -63,13 +70,14 @@ class SparseMemory:
         self.shares_pools = len(self.pools) < num_layers
         # With one memory layer everything below the reads is frozen, so a batch always reads the same.
         self.reads_are_fixed = num_layers == 1
-        self.selections: dict[tuple[Example, ...], dict[str, Tensor]] = {}
+        self.selections: dict[tuple[Example, ...], dict[str, Chosen]] = {}
+        self.owners = {name: torch.full_like(pool.slot_to_row, NOBODY) for name, pool in self.pools.items()}
         self.frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         model.eval()
         self.trained: list[nn.Parameter] = []  # the rows, which are new parameters in each step
-        self.optimizer: torch.optim.Optimizer = SlotOptimizer(
+        self.optimizer = SlotOptimizer(
             self.pools,
             config.optimizer,
             lr=config.lr,
@@ -87,16 +95,17 @@ class SparseMemory:
         reads too, the reads are collected before, in a pass that ends at the memory.
         """
         chosen: set[str] = set()
+        anchored = _facts_with_subject(batch)
         if self.shares_pools or len(parts) > 1 or not _holds(parts[0], batch):
-            for name, slot_ids in self._beforehand(batch, parts[0].input_ids.device).items():
-                self._activate(name, slot_ids)
+            for name, of_batch in self._beforehand(batch, parts[0].input_ids.device).items():
+                self._activate(name, of_batch, anchored)
                 chosen.add(name)
 
         def choose(layer: MemoryLayer, reads: Reads) -> None:
             if layer.pool_name not in chosen:
                 chosen.add(layer.pool_name)
-                countable = [self._countable(parts[0], reads, _facts_with_subject(batch))]
-                self._activate(layer.pool_name, self._select(layer.pool_name, countable))
+                countable = [self._countable(parts[0], reads, anchored)]
+                self._activate(layer.pool_name, self._select(layer.pool_name, countable), anchored)
 
         with before_read(self.model, choose):
             yield
@@ -149,7 +158,7 @@ class SparseMemory:
             weights = torch.ones_like(weights)
         return slot_ids.flatten(), weights.flatten(), facts.repeat_interleave(slot_ids.shape[1])
 
-    def _beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Tensor]:
+    def _beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Chosen]:
         """Choose slots before the forward pass; once per fact where its reads never change."""
         if not self.reads_are_fixed:
             return self._select_beforehand(batch, device)
@@ -157,9 +166,9 @@ class SparseMemory:
             if wordings not in self.selections:
                 self.selections[wordings] = self._select_beforehand((wordings,), device)
         chosen = [self.selections[wordings] for wordings in batch]
-        return {name: torch.cat([of_fact[name] for of_fact in chosen]).unique() for name in self.pools}
+        return {name: {k: v for of_fact in chosen for k, v in of_fact[name].items()} for name in self.pools}
 
-    def _select_beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Tensor]:
+    def _select_beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Chosen]:
         for pool in self.pools.values():
             pool.deactivate()
         anchored = _facts_with_subject(batch)
@@ -175,7 +184,7 @@ class SparseMemory:
                 )
         return {name: self._select(name, collected) for name, collected in countable.items()}
 
-    def _select(self, name: str, collected: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    def _select(self, name: str, collected: Sequence[tuple[Tensor, ...]]) -> Chosen:
         slot_ids, weights, facts = (torch.cat(tensors) for tensors in zip(*collected, strict=True))
         return select_slots(
             slot_ids,
@@ -187,12 +196,31 @@ class SparseMemory:
             self.config.max_document_frequency,
         )
 
-    def _activate(self, name: str, slot_ids: Tensor) -> None:
+    def _activate(self, name: str, chosen: Chosen, anchored: Collection[int]) -> None:
         pool = self.pools[name]
+        tied = anchored if self.config.ties_rows else ()
+        slot_ids, self.optimizer.ties[name] = self._claim(name, chosen, tied)
         # What the last step trained belongs to the overlay before its rows are recorded again.
         pool.deactivate()
         self.recorder.record(name, slot_ids)
         pool.activate(slot_ids)
+
+    def _claim(self, name: str, chosen: Chosen, tied: Collection[int]) -> tuple[Tensor, Tensor | None]:
+        """Return the slots to train, and which of them move together: those of one tied fact.
+
+        Such a slot belongs to the first fact that chose it, and no other pulls at it.
+        """
+        slot_ids = torch.cat([*chosen.values()]).unique() if chosen else torch.zeros(0, dtype=torch.int64)
+        if not tied:
+            return slot_ids, None
+        owners = self.owners[name]
+        for fact, of_fact in chosen.items():
+            free = of_fact[owners[of_fact] == NOBODY]
+            owners[free] = fact
+        slot_ids = slot_ids[torch.isin(owners[slot_ids], owners.new_tensor([*chosen]))]
+        owner = owners[slot_ids].long()
+        alone = -1 - torch.arange(len(slot_ids), device=owner.device)
+        return slot_ids, torch.where(torch.isin(owner, owner.new_tensor([*tied])), owner, alone)
 
 
 class DenseWeights:

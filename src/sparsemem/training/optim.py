@@ -51,6 +51,9 @@ class SlotOptimizer(torch.optim.Optimizer):
         self.pools = pools
         self.update = UPDATES[name]
         self.slot_state: dict[str, dict[str, _SlotTable]] = {pool: {} for pool in pools}
+        self.ties: dict[str, Tensor | None] = dict.fromkeys(pools)
+        """By pool, a number for each active row: rows of one number take the step of their summed
+        gradients, and stay the same if they were. None where each row is by itself."""
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay
         }  # fmt: skip
@@ -70,7 +73,10 @@ class SlotOptimizer(torch.optim.Optimizer):
                 continue
             tables, slot_ids = self.slot_state[name], pool.active_ids
             state = _State(tables, slot_ids, pool)
-            self.update(pool.active, pool.active.grad, state, self.param_groups[0])
+            grad = pool.active.grad
+            if (ties := self.ties[name]) is not None:
+                grad = _summed(grad, ties)
+            self.update(pool.active, grad, state, self.param_groups[0])
             state.save()
 
 
@@ -113,6 +119,13 @@ class _State:
     def save(self) -> None:
         for name, values in self.values.items():
             self.tables[name].set(self.slot_ids, values)
+
+
+def _summed(grad_AV: Tensor, ties_A: Tensor) -> Tensor:
+    """Give each row the sum of the gradients of the rows that are tied to it, and of its own."""
+    numbers, place_A = ties_A.unique(return_inverse=True)
+    sums = grad_AV.new_zeros(len(numbers), grad_AV.shape[1]).index_add_(0, place_A, grad_AV)
+    return sums[place_A]
 
 
 def _adamw(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:
