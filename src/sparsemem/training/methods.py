@@ -205,22 +205,21 @@ class SparseMemory:
         self.recorder.record(name, slot_ids)
         pool.activate(slot_ids)
 
-    def _claim(self, name: str, chosen: Chosen, tied: Collection[int]) -> tuple[Tensor, Tensor | None]:
-        """Return the slots to train, and which of them move together: those of one tied fact.
+    def _claim(self, name: str, chosen: Chosen, tied: Collection[int]) -> tuple[Tensor, Tensor]:
+        """Return the slots to train, and which of them move as one, as `SlotOptimizer.ties` says it.
 
-        Such a slot belongs to the first fact that chose it, and no other pulls at it.
+        A slot of a tied fact belongs to the first that chose it, and no other fact pulls at it.
         """
-        slot_ids = torch.cat([*chosen.values()]).unique() if chosen else torch.zeros(0, dtype=torch.int64)
-        if not tied:
-            return slot_ids, None
         owners = self.owners[name]
         for fact, of_fact in chosen.items():
-            free = of_fact[owners[of_fact] == NOBODY]
-            owners[free] = fact
-        slot_ids = slot_ids[torch.isin(owners[slot_ids], owners.new_tensor([*chosen]))]
-        owner = owners[slot_ids].long()
+            if fact in tied:
+                owners[of_fact[owners[of_fact] == NOBODY]] = fact
+        slot_ids = torch.cat([owners.new_zeros(0, dtype=torch.int64), *chosen.values()]).unique()
+        owner = owners[slot_ids]
+        trained = (owner == NOBODY) | torch.isin(owner, owner.new_tensor([*chosen]))
+        slot_ids, owner = slot_ids[trained], owner[trained].long()
         alone = -1 - torch.arange(len(slot_ids), device=owner.device)
-        return slot_ids, torch.where(torch.isin(owner, owner.new_tensor([*tied])), owner, alone)
+        return slot_ids, torch.where(owner == NOBODY, alone, owner)
 
 
 class DenseWeights:

@@ -51,9 +51,9 @@ class SlotOptimizer(torch.optim.Optimizer):
         self.pools = pools
         self.update = UPDATES[name]
         self.slot_state: dict[str, dict[str, _SlotTable]] = {pool: {} for pool in pools}
-        self.ties: dict[str, Tensor | None] = dict.fromkeys(pools)
+        self.ties: dict[str, Tensor] = {}
         """By pool, a number for each active row: rows of one number take the step of their summed
-        gradients, and stay the same if they were. None where each row is by itself."""
+        gradients, and stay the same if they were. A pool that is missing has no ties."""
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay
         }  # fmt: skip
@@ -74,8 +74,8 @@ class SlotOptimizer(torch.optim.Optimizer):
             tables, slot_ids = self.slot_state[name], pool.active_ids
             state = _State(tables, slot_ids, pool)
             grad = pool.active.grad
-            if (ties := self.ties[name]) is not None:
-                grad = _summed(grad, ties)
+            if name in self.ties:
+                grad = _summed(grad, self.ties[name])
             self.update(pool.active, grad, state, self.param_groups[0])
             state.save()
 
