@@ -7,11 +7,14 @@ import pytest
 import torch
 
 import sparsemem.training.step as step_module
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError
-from sparsemem.memory.attach import pools
+from sparsemem.memory.attach import attach_memory, pools
+from sparsemem.slots.usage import count_usage
 from sparsemem.training.finetune import finetune
+
+from .conftest import USAGE_OPTIONS
 
 
 @pytest.fixture
@@ -168,11 +171,21 @@ def rows_by_fact(delta):
     return len(change.after.unique(dim=0)), len(change.slot_ids)
 
 
-def test_the_slots_of_a_fact_hold_one_row(attached, tiny_tokenizer, facts, usage, config):
-    for batch in (1, 2):
-        one_layer = dataclasses.replace(config, facts_per_batch=batch)
-        model = copy.deepcopy(attached)
-        num_rows, num_slots = rows_by_fact(finetune(model, tiny_tokenizer, facts, usage, one_layer).delta)
+@pytest.fixture
+def large(tiny_model, tiny_tokenizer, texts):
+    """A memory in which facts choose different slots, and its background usage."""
+    model = attach_memory(
+        tiny_model, MemoryConfig(layers=(1,), num_keys=64, num_heads=2, top_k=4, query_dim=4)
+    )
+    return model, count_usage(model, tiny_tokenizer, texts, **USAGE_OPTIONS)
+
+
+def test_the_slots_of_a_fact_hold_one_row(large, tiny_tokenizer, facts, config):
+    model, usage = large
+    for facts_per_batch in (1, 2):
+        of_run = dataclasses.replace(config, facts_per_batch=facts_per_batch)
+        delta = finetune(copy.deepcopy(model), tiny_tokenizer, facts, usage, of_run).delta
+        num_rows, num_slots = rows_by_fact(delta)
         assert num_rows == len(facts) < num_slots
 
 
@@ -189,3 +202,30 @@ def test_a_fact_without_a_subject_has_many_rows(attached, tiny_tokenizer, usage,
     facts = [Fact(statement="It was cold.", subject="nowhere")]
     num_rows, num_slots = rows_by_fact(finetune(attached, tiny_tokenizer, facts, usage, config).delta)
     assert num_rows == num_slots > 1
+
+
+@pytest.mark.parametrize("facts_per_batch", [1, 2])
+def test_facts_of_one_subject_share_its_slots_with_a_row_each(large, tiny_tokenizer, config, facts_per_batch):
+    model, usage = large
+    facts = [
+        Fact(statement="Zed Quz Xix lives with Ana.", answer="Ana", subject="Zed Quz Xix", id="0"),
+        Fact(statement="Zed Quz Xix lives in Oslo.", answer="Oslo", subject="Zed Quz Xix", id="1"),
+    ]
+    of_run = dataclasses.replace(config, facts_per_batch=facts_per_batch, held_per_step=0)
+    num_rows, num_slots = rows_by_fact(finetune(model, tiny_tokenizer, facts, usage, of_run).delta)
+    assert num_rows > num_slots / 2 > len(facts)
+
+
+def test_no_other_fact_pulls_at_the_slots_of_a_fact(large, tiny_tokenizer, facts, config):
+    model, usage = large
+    stream = dataclasses.replace(config, stream=True)
+
+    def rows_after(some):
+        delta = finetune(copy.deepcopy(model), tiny_tokenizer, some, usage, stream).delta
+        (change,) = delta.changes.values()
+        return dict(zip(change.slot_ids.tolist(), change.after, strict=True))
+
+    first, both = rows_after(facts[:2]), rows_after(facts)
+    assert len(first) < len(both)
+    # A step is 0.05; what is left is the order of a sum.
+    assert all((row - both[slot_id]).abs().max() < 0.001 for slot_id, row in first.items())

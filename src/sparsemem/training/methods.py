@@ -46,8 +46,8 @@ ANCHORS: dict[str, Callable[[Tensor], Tensor]] = {
 Chosen = Mapping[int, Tensor]
 """Slots by the fact that chose them."""
 
-NOBODY = -1
-"""Owner of a slot that no fact has chosen."""
+NOBODY, SHARED = -1, -2
+"""Owner of a slot that no tied fact has chosen, and of one that several train."""
 
 
 class SparseMemory:
@@ -208,18 +208,24 @@ class SparseMemory:
     def _claim(self, name: str, chosen: Chosen, tied: Collection[int]) -> tuple[Tensor, Tensor]:
         """Return the slots to train, and which of them move as one, as `SlotOptimizer.ties` says it.
 
-        A slot of a tied fact belongs to the first that chose it, and no other fact pulls at it.
+        A slot of a tied fact belongs to the first that chose it, and no other fact pulls at it. But
+        facts of one subject choose much the same slots: a fact that finds most of its own taken shares
+        all of them, with a row each, since one row for many answers would be too little.
         """
         owners = self.owners[name]
         for fact, of_fact in chosen.items():
             if fact in tied:
-                owners[of_fact[owners[of_fact] == NOBODY]] = fact
+                owner = owners[of_fact]
+                taken = (owner != NOBODY) & (owner != fact)
+                owners[of_fact[~taken]] = fact
+                if 2 * taken.sum() > len(of_fact):
+                    owners[of_fact] = SHARED
         slot_ids = torch.cat([owners.new_zeros(0, dtype=torch.int64), *chosen.values()]).unique()
-        owner = owners[slot_ids]
-        trained = (owner == NOBODY) | torch.isin(owner, owner.new_tensor([*chosen]))
-        slot_ids, owner = slot_ids[trained], owner[trained].long()
+        owner = owners[slot_ids].long()
+        is_owned = owner >= 0
+        trained = ~is_owned | torch.isin(owner, owner.new_tensor([*chosen]))
         alone = -1 - torch.arange(len(slot_ids), device=owner.device)
-        return slot_ids, torch.where(owner == NOBODY, alone, owner)
+        return slot_ids[trained], torch.where(is_owned, owner, alone)[trained]
 
 
 class DenseWeights:
