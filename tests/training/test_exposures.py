@@ -165,8 +165,8 @@ def test_what_cannot_be_is_refused(options):
         FinetuneConfig(**options)
 
 
-def rows_by_fact(delta):
-    """Distinct rows an update left."""
+def rows_and_slots(delta):
+    """How many distinct rows an update left, and in how many slots."""
     (change,) = delta.changes.values()
     return len(change.after.unique(dim=0)), len(change.slot_ids)
 
@@ -185,7 +185,7 @@ def test_the_slots_of_a_fact_hold_one_row(large, tiny_tokenizer, facts, config):
     for facts_per_batch in (1, 2):
         of_run = dataclasses.replace(config, facts_per_batch=facts_per_batch)
         delta = finetune(copy.deepcopy(model), tiny_tokenizer, facts, usage, of_run).delta
-        num_rows, num_slots = rows_by_fact(delta)
+        num_rows, num_slots = rows_and_slots(delta)
         assert num_rows == len(facts) < num_slots
 
 
@@ -194,13 +194,13 @@ def test_each_slot_has_its_own_row_where_rows_are_not_tied(
     attached, tiny_tokenizer, facts, usage, config, options
 ):
     delta = finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, **options)).delta
-    num_rows, num_slots = rows_by_fact(delta)
+    num_rows, num_slots = rows_and_slots(delta)
     assert num_rows == num_slots > len(facts)
 
 
 def test_a_fact_without_a_subject_has_many_rows(attached, tiny_tokenizer, usage, config):
     facts = [Fact(statement="It was cold.", subject="nowhere")]
-    num_rows, num_slots = rows_by_fact(finetune(attached, tiny_tokenizer, facts, usage, config).delta)
+    num_rows, num_slots = rows_and_slots(finetune(attached, tiny_tokenizer, facts, usage, config).delta)
     assert num_rows == num_slots > 1
 
 
@@ -212,7 +212,7 @@ def test_facts_of_one_subject_share_its_slots_with_a_row_each(large, tiny_tokeni
         Fact(statement="Zed Quz Xix lives in Oslo.", answer="Oslo", subject="Zed Quz Xix", id="1"),
     ]
     of_run = dataclasses.replace(config, facts_per_batch=facts_per_batch, held_per_step=0)
-    num_rows, num_slots = rows_by_fact(finetune(model, tiny_tokenizer, facts, usage, of_run).delta)
+    num_rows, num_slots = rows_and_slots(finetune(model, tiny_tokenizer, facts, usage, of_run).delta)
     assert num_rows > num_slots / 2 > len(facts)
 
 

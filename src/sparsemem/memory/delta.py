@@ -158,12 +158,10 @@ class SparseDelta:
     def _stored(self) -> dict[str, Tensor]:
         """Return what is written to a file: each row once, and which of them each slot holds."""
         stored = {}
-        for key, tensor in self._tensors().items():
-            part, _, name = key.partition(".")
-            if part == "slot_ids":
-                stored[key] = tensor
-            else:
-                stored[key], stored[f"{part}_index.{name}"] = distinct(tensor)
+        for name, change in self.changes.items():
+            stored[f"slot_ids.{name}"] = change.slot_ids
+            stored[f"before.{name}"], stored[f"before_index.{name}"] = distinct(change.before)
+            stored[f"after.{name}"], stored[f"after_index.{name}"] = distinct(change.after)
         return stored
 
     def _check_shapes(self, path: Path) -> None:
@@ -217,9 +215,14 @@ def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
         Shapes (distinct rows, width) and (rows,), int64.
     """
     places: dict[bytes, int] = {}
-    index = [places.setdefault(row.tobytes(), len(places)) for row in rows.contiguous().numpy()]
-    first = {place: row for row, place in reversed([*enumerate(index)])}
-    return rows[[first[place] for place in range(len(places))]], torch.tensor(index, dtype=torch.int64)
+    first: list[int] = []
+    index: list[int] = []
+    for number, row in enumerate(rows.contiguous().numpy()):
+        place = places.setdefault(row.tobytes(), len(first))
+        if place == len(first):
+            first.append(number)
+        index.append(place)
+    return rows[first], torch.tensor(index, dtype=torch.int64)
 
 
 def _rows(tensors: Mapping[str, Tensor], part: str, name: str, version: int) -> Tensor:
