@@ -1,5 +1,6 @@
 """Selection: from the reads of a batch to the slots it may train."""
 
+import torch
 from torch import Tensor
 
 from sparsemem.slots.ranking import Ranking
@@ -44,7 +45,13 @@ def select_slots(
         common = background.document_frequency > max_document_frequency * usage.num_documents
         if not common.all():
             scores = scores.masked_fill(common.to(scores.device), 0.0)
-        # A stable sort of ascending ids: equal scores fall the same way on every machine.
-        best = scores.argsort(descending=True, stable=True)[:top_t]
-        chosen[group] = candidates[best[scores[best] > 0]]
+        chosen[group] = candidates[_best(scores, top_t)]
     return chosen
+
+
+def _best(scores: Tensor, top_t: int) -> Tensor:
+    """Find the `top_t` highest scores above zero, best first; of equal ones the first."""
+    least = scores.topk(min(top_t, len(scores))).values.min().clamp(min=torch.finfo(scores.dtype).tiny)
+    reach = (scores >= least).nonzero().squeeze(1)
+    # A stable sort: equal scores fall the same way on every machine.
+    return reach[scores[reach].argsort(descending=True, stable=True)[:top_t]]

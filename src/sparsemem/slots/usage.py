@@ -29,8 +29,8 @@ class PoolUsage:
     """Reads of one pool by the background, for all its slots or for some of them.
 
     Args:
-        reads: Reads per slot, shape (slots,), int64.
-        document_frequency: Documents that read the slot at least once, shape (slots,), int64.
+        reads: Reads per slot, shape (slots,), int32: they are gathered at random, so their width is time.
+        document_frequency: Documents that read the slot at least once, shape (slots,), int32.
         num_documents: Documents counted; a document is one background batch.
         total_reads: Reads of all slots of the pool.
         num_slots: Slots of the pool.
@@ -45,7 +45,9 @@ class PoolUsage:
     @classmethod
     def of_pool(cls, reads: Tensor, document_frequency: Tensor, num_documents: int) -> "PoolUsage":
         """Make the usage of a whole pool from its counts."""
-        return cls(reads, document_frequency, num_documents, int(reads.sum()), len(reads))
+        most = torch.iinfo(torch.int32).max
+        small, frequency = (count.clamp(max=most).int() for count in (reads, document_frequency))
+        return cls(small, frequency, num_documents, int(reads.sum()), len(reads))
 
     def take(self, slot_ids: Tensor) -> "PoolUsage":
         """Restrict the counts to some slots; the totals stay those of the pool."""

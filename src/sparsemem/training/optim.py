@@ -72,7 +72,7 @@ class SlotOptimizer(torch.optim.Optimizer):
             if pool.active is None or pool.active.grad is None or pool.active_ids is None:
                 continue
             tables, slot_ids = self.slot_state[name], pool.active_ids
-            state = _State(tables, slot_ids, pool)
+            state = _State(tables, slot_ids)
             grad = pool.active.grad
             if name in self.ties:
                 grad = _summed(grad, self.ties[name])
@@ -81,38 +81,44 @@ class SlotOptimizer(torch.optim.Optimizer):
 
 
 class _SlotTable:
-    """Rows of optimizer state by slot id; a slot without one has zeros."""
+    """Rows of optimizer state by slot id; a slot without one has zeros. As large as the slots it has seen."""
 
-    def __init__(self, num_slots: int, width: int, device: torch.device) -> None:
-        self.slot_to_row = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.slot_ids = torch.zeros(0, dtype=torch.int64, device=device)  # ascending
         self.rows = torch.zeros(0, width, device=device)
 
     def get(self, slot_ids: Tensor) -> Tensor:
-        places = self.slot_to_row[slot_ids].long()
+        places, known = self._find(slot_ids)
         values = self.rows.new_zeros(len(slot_ids), self.rows.shape[1])
-        values[places >= 0] = self.rows[places[places >= 0]]
+        values[known] = self.rows[places[known]]
         return values
 
     def set(self, slot_ids: Tensor, values: Tensor) -> None:
-        new = slot_ids[self.slot_to_row[slot_ids] < 0]
-        start = len(self.rows)
-        places = torch.arange(start, start + len(new), dtype=torch.int32, device=new.device)
-        self.slot_to_row[new] = places
-        self.rows = torch.cat([self.rows, self.rows.new_zeros(len(new), self.rows.shape[1])])
-        self.rows[self.slot_to_row[slot_ids].long()] = values
+        _, known = self._find(slot_ids)
+        if not known.all():
+            self.slot_ids, order = torch.cat([self.slot_ids, slot_ids[~known]]).sort()
+            self.rows = torch.cat([self.rows, values[~known]])[order]
+        self.rows[self._find(slot_ids)[0]] = values
+
+    def _find(self, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the row of each slot, and whether it has one."""
+        places = torch.searchsorted(self.slot_ids, slot_ids)
+        known = torch.zeros_like(slot_ids, dtype=torch.bool)
+        inside = places < len(self.slot_ids)
+        known[inside] = self.slot_ids[places[inside]] == slot_ids[inside]
+        return places, known
 
 
 class _State:
     """State tensors of the slots of one step, fetched on demand and saved after it."""
 
-    def __init__(self, tables: dict[str, _SlotTable], slot_ids: Tensor, pool: Pool) -> None:
-        self.tables, self.slot_ids, self.pool = tables, slot_ids, pool
+    def __init__(self, tables: dict[str, _SlotTable], slot_ids: Tensor) -> None:
+        self.tables, self.slot_ids = tables, slot_ids
         self.values: dict[str, Tensor] = {}
 
     def get(self, name: str, width: int) -> Tensor:
         if name not in self.tables:
-            device = self.slot_ids.device
-            self.tables[name] = _SlotTable(self.pool.num_slots, width, device)
+            self.tables[name] = _SlotTable(width, self.slot_ids.device)
         self.values[name] = self.tables[name].get(self.slot_ids)
         return self.values[name]
 
