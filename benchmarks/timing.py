@@ -44,15 +44,24 @@ def available_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def _peak_of(run: Callable[[], Any]) -> int | None:
+def restart_peak() -> bool:
+    """Let `peak_bytes` start anew; False where the system cannot."""
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
-        run()
-        return None
-    before = _status("VmRSS")
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """Most memory held since `restart_peak`."""
+    return _status("VmHWM")
+
+
+def _peak_of(run: Callable[[], Any]) -> int | None:
+    restarted, before = restart_peak(), _status("VmRSS")
     run()
-    return max(0, _status("VmHWM") - before)
+    return max(0, peak_bytes() - before) if restarted else None
 
 
 def _status(name: str) -> int:
@@ -93,4 +102,4 @@ def publish(name: str, result: Mapping[str, Any], args: argparse.Namespace, **or
 
 
 def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value:.3g}"

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sparsemem.memory.attach import memory_layers as memory_layers
     from sparsemem.memory.attach import pools as pools
     from sparsemem.memory.base_model import load_base_model as load_base_model
-    from sparsemem.memory.checkpoint import load as load
     from sparsemem.memory.checkpoint import save as save
     from sparsemem.memory.delta import SparseDelta as SparseDelta
     from sparsemem.memory.fit_keys import fit_keys as fit_keys
@@ -34,7 +33,9 @@ if TYPE_CHECKING:
     from sparsemem.slots.usage import count_usage as count_usage
     from sparsemem.slots.usage import load_usage as load_usage
     from sparsemem.slots.usage import save_usage as save_usage
-    from sparsemem.store.deltas import DeltaStore as DeltaStore
+    from sparsemem.store.history import DeltaStore as DeltaStore
+    from sparsemem.store.load import load as load
+    from sparsemem.store.load import overlaid as overlaid
     from sparsemem.training.finetune import FinetuneResult as FinetuneResult
     from sparsemem.training.finetune import finetune as finetune
 
@@ -49,11 +50,12 @@ _HOMES = {
     "sparsemem.evaluation.probes": ("Probe", "load_probes"),
     "sparsemem.memory.attach": ("attach_memory", "detach_memory", "memory_layers", "pools"),
     "sparsemem.memory.base_model": ("load_base_model",),
-    "sparsemem.memory.checkpoint": ("load", "save"),
+    "sparsemem.memory.checkpoint": ("save",),
     "sparsemem.memory.delta": ("SparseDelta",),
     "sparsemem.memory.fit_keys": ("fit_keys",),
     "sparsemem.slots.usage": ("Usage", "count_usage", "load_usage", "save_usage"),
-    "sparsemem.store.deltas": ("DeltaStore",),
+    "sparsemem.store.history": ("DeltaStore",),
+    "sparsemem.store.load": ("load", "overlaid"),
     "sparsemem.training.finetune": ("FinetuneResult", "finetune"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

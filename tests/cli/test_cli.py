@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -9,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import sparsemem.files
 from sparsemem.cli.app import main
-from sparsemem.memory.checkpoint import load
+from sparsemem.memory.delta import SparseDelta
 from sparsemem.slots.usage import USAGE_FILE, load_usage, save_usage
+from sparsemem.store.history import DeltaStore
+from sparsemem.store.load import load
 from sparsemem.training.loss import FactLoss
 
 from .conftest import SHAPE
@@ -59,7 +62,17 @@ def run_json(run):
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Files but the database, whose bytes move with every look."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "sqlite" not in path.name
+    }
+
+
+def object_of(folder):
+    (path,) = (folder / "objects").rglob("*.safetensors")
+    return path
 
 
 @torch.no_grad()
@@ -95,7 +108,7 @@ def test_attach_learn_evaluate_ask_and_undo(run_json, model_folder, inputs, prob
     assert report["facts"]["num"] == 2
     assert 0 < report["num_slots_trained"] <= 12
     assert 0 < report["changed_fraction"] < 1
-    assert report["delta_bytes"] == (folder / "deltas" / "000001.safetensors").stat().st_size
+    assert report["delta_bytes"] == object_of(folder).stat().st_size
     assert not torch.equal(logits_of(folder), start)
 
     scores = run_json("evaluate", folder, "--facts", facts, *probes)
@@ -115,7 +128,8 @@ def test_attach_learn_evaluate_ask_and_undo(run_json, model_folder, inputs, prob
     assert undone["undone"]["digest"] == report["digest"]
     assert undone["num_updates"] == 0
     assert torch.equal(logits_of(folder), start)
-    assert {name: data for name, data in content(folder).items() if "undone" not in name} == files
+    run_json("gc", folder)
+    assert content(folder) == files
     assert run_json("ask", folder, "Who owns Zed?", "--max-new-tokens", "4") == without
 
 
@@ -152,7 +166,7 @@ def test_baselines_print_the_same_report_and_leave_the_folder_alone(run_json, fo
         assert report["changed_fraction"] > 0
         keys[method[0]] = set(report)
         assert content(folder) == before
-    keys["memory"] = set(run_json("learn", folder, facts, *QUICK, *probes)) - {"update", "digest"}
+    keys["memory"] = set(run_json("learn", folder, facts, *QUICK, *probes)) - {"update", "digest", "commit"}
     assert keys["full"] == keys["lora"] == keys["memory"] >= REPORT_KEYS
 
 
@@ -221,10 +235,10 @@ def test_bad_facts_are_named_by_file_and_line_and_change_nothing(run, folder, in
 
 @pytest.mark.parametrize("options", [["-m", "again"], ["--undo"]])
 def test_a_truncated_update_is_named_and_kept(run, taught, inputs, options):
-    path = taught / "deltas" / "000001.safetensors"
+    path = object_of(taught)
     path.write_bytes(path.read_bytes()[:-5])
     argv = ["learn", taught, *options] if options == ["--undo"] else [*fill(LEARN, taught, inputs), *options]
-    check_mistake(run, taught, argv, "000001.safetensors is damaged or truncated")
+    check_mistake(run, taught, argv, f"{path.name} is damaged")
 
 
 def fill(argv, folder, inputs):
@@ -328,28 +342,27 @@ def test_a_missing_model_is_named(run, folder, inputs, monkeypatch):
     assert not (inputs / "out").exists()
 
 
-def test_an_update_given_to_an_older_state_of_the_folder_is_refused(run, folder, taught, inputs, monkeypatch):
+def test_an_update_given_to_an_older_state_of_the_folder_is_refused(run, folder, inputs, monkeypatch):
     """Another process commits while this one trains."""
     of_part = FactLoss.of_part
 
     def commit_meanwhile(*args):
-        if not (folder / "deltas").exists():
-            shutil.copytree(taught / "deltas", folder / "deltas")
+        if len(DeltaStore(folder)) == 0:
+            DeltaStore(folder).commit(SparseDelta({}), "meanwhile")
         return of_part(*args)
 
     monkeypatch.setattr(FactLoss, "of_part", commit_meanwhile)
     code, _, err = run(*fill(LEARN, folder, inputs))
     assert code == 2
-    assert "was committed meanwhile; learn again" in error_line(err)
-    assert content(folder) == content(taught)
+    assert "something was committed or undone meanwhile; learn again" in error_line(err)
+    assert [commit.message for commit in DeltaStore(folder).log()] == ["meanwhile"]
 
 
 def test_a_full_disk_at_the_commit_leaves_the_folder_as_it_was(run, folder, inputs, monkeypatch):
-    def full_disk(_tensors, path, metadata):
-        path.write_bytes(b"half of")
+    def full_disk(_handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sparsemem.files, "save_file", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     check_mistake(run, folder, fill(LEARN, folder, inputs), "No space left on device", code=1)
 
 

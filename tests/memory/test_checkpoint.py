@@ -16,14 +16,12 @@ from sparsemem.errors import (
     ModelMismatchError,
     NotAttachedError,
     OutputError,
-    PoolMismatchError,
     SparsememError,
 )
 from sparsemem.files import file_sha256
 from sparsemem.memory.attach import attach_memory, detach_memory, memory_config, memory_layers, pools
 from sparsemem.memory.base_model import load_base_model
-from sparsemem.memory.checkpoint import CONFIG_FILE, WEIGHTS_FILE, base_weights, delta_paths, load, save
-from sparsemem.memory.delta import DeltaRecorder
+from sparsemem.memory.checkpoint import CONFIG_FILE, WEIGHTS_FILE, base_weights, load, save
 
 MEMORY = {"layers": (1,), "num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4}
 TOKENS = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -50,14 +48,6 @@ def logits(model):
 
 def random_rows(slots, seed):
     return torch.randn(slots, 32, generator=torch.Generator().manual_seed(seed))
-
-
-def learn(model, folder, name, slot_ids, seed):
-    """Write random rows and keep them as an update of `folder`."""
-    recorder = DeltaRecorder(pools(model))
-    recorder.record("layer_1", slot_ids)
-    pools(model)["layer_1"].write(slot_ids, random_rows(len(slot_ids), seed))
-    recorder.delta().save(folder / "deltas" / name)
 
 
 def saved(model, tmp_path, **options):
@@ -95,38 +85,6 @@ def test_save_then_load_gives_the_same_logits(base_model, tmp_path, options):
     assert memory_config(loaded) == memory_config(model)
     assert not loaded.training
     assert tokenizer("Who?")["input_ids"]
-
-
-def test_updates_are_applied_in_their_order(base_model, tmp_path):
-    model = base_model()
-    folder = saved(model, tmp_path)
-    states = [logits(model)]
-    for number in range(1, 4):
-        learn(model, folder, f"{number:06}.safetensors", torch.arange(number, 40, number + 1), seed=number)
-        states.append(logits(model))
-    assert [path.stem for path in delta_paths(folder)] == ["000001", "000002", "000003"]
-    assert torch.equal(logits(load(folder)[0]), states[3])
-    (folder / "deltas" / "000003.safetensors").unlink()
-    assert torch.equal(logits(load(folder)[0]), states[2])
-
-
-def test_an_update_that_is_missing_in_between_is_an_error(base_model, tmp_path):
-    model = base_model()
-    folder = saved(model, tmp_path)
-    for number in (1, 2):
-        learn(model, folder, f"{number:06}.safetensors", torch.arange(20), seed=number)
-    (folder / "deltas" / "000001.safetensors").unlink()
-    with pytest.raises(PoolMismatchError, match="in their order"):
-        load(folder)
-
-
-def test_other_files_beside_the_updates_are_no_updates(base_model, tmp_path):
-    model = base_model()
-    folder = saved(model, tmp_path)
-    learn(model, folder, "000001.safetensors", torch.arange(20), seed=1)
-    for name in (".000002.safetensors.x.part", "notes.txt", "copy of 000001.safetensors"):
-        (folder / "deltas" / name).write_bytes(b"?")
-    assert torch.equal(logits(load(folder)[0]), logits(model))
 
 
 def test_value_scale_and_keys_survive(base_model, tmp_path):
@@ -257,11 +215,9 @@ def test_base_weights_are_those_before_the_memory(base_model, placement):
 def test_only_json_and_safetensors_are_written(base_model, tmp_path):
     model = attach_memory(base_model(), MemoryConfig(**MEMORY), {"layer_1": random_rows(64, 5)})
     save(model, tmp_path / "memory")
-    learn(model, tmp_path / "memory", "000001.safetensors", torch.arange(20), seed=1)
     files = sorted(path for path in (tmp_path / "memory").rglob("*") if path.is_file())
     assert [path.name for path in files] == [
         "base.layer_1.safetensors",
-        "000001.safetensors",
         WEIGHTS_FILE,
         CONFIG_FILE,
     ]
@@ -317,13 +273,12 @@ def flip_a_byte_of_the_header(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, "base.layer_1.safetensors", "deltas/000001.safetensors"])
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "base.layer_1.safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "newer", "missing"])
 def test_a_damaged_file_is_named_in_the_right_error(base_model, tmp_path, name, damage):
     model = attach_memory(base_model(), MemoryConfig(**MEMORY), {"layer_1": random_rows(64, 5)})
     folder = tmp_path / "memory"
     save(model, folder)
-    learn(model, folder, "000001.safetensors", torch.arange(20), seed=1)
     path = folder / name
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -338,9 +293,6 @@ def test_a_damaged_file_is_named_in_the_right_error(base_model, tmp_path, name, 
             header = file.metadata()
         changed = {"foreign": {"format": "pt"}, "newer": {"format_version": "99"}}[damage]
         save_file(load_file(path), path, metadata={**header, **changed})
-    if damage == "missing" and name.startswith("deltas"):
-        assert load(folder, base_model())
-        return
     kind = MissingFileError if damage == "missing" else CheckpointError
     with pytest.raises(kind, match=path.name):
         load(folder, base_model())

@@ -8,16 +8,19 @@ from sparsemem.config import MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, MissingFileError, OutputError, SparsememError
 from sparsemem.memory.attach import memory_layers, pools
-from sparsemem.memory.checkpoint import load
 from sparsemem.slots.usage import USAGE_FILE, load_usage
-from sparsemem.store.deltas import DeltaStore
+from sparsemem.store.history import DeltaStore
+from sparsemem.store.load import load
 from sparsemem.study.ask import ask_folder
 from sparsemem.study.attach import attach_to_folder
 from sparsemem.study.learn import built_in_probe, evaluate_folder, learn, num_base_values, resolve_probes
 
 
 def content(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Files but the database, whose bytes move with every look."""
+    return {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "sqlite" not in path.name
+    }
 
 
 def rows_of(folder):
@@ -57,15 +60,20 @@ def test_learning_commits_what_it_reports(folder, facts, config):
     before = content(folder)
     report = learn(folder, facts, probes=[], config=config, message="two facts")
     assert json.loads(json.dumps(report)) == report
-    (update,) = DeltaStore(folder).updates()
-    delta = DeltaStore(folder).since("last")[0]
-    assert content(folder) == {**before, update.path: update.path.read_bytes()}
-    assert (update.message, update.number, update.digest) == ("two facts", report["update"], report["digest"])
-    assert report["delta_bytes"] == update.path.stat().st_size
+    store = DeltaStore(folder)
+    (commit,) = store.log()
+    delta, path = store.delta(commit.id), store.objects.path(commit.object)
+    assert content(folder) == {**before, path: path.read_bytes()}
+    assert (commit.message, commit.id, commit.digest) == ("two facts", report["commit"], report["digest"])
+    assert report["update"] == 1
+    assert report["delta_bytes"] == path.stat().st_size
     assert report["num_slots_trained"] == delta.num_slots_trained > 0
     assert report["num_trained"] == delta.num_values
     assert report["changed_fraction"] == delta.num_values / num_base_values(load(folder)[0])
-    assert update.report["facts"] == report["facts"]
+    details = store.details(commit.id)
+    assert details["report"]["facts"] == report["facts"]
+    assert details["config"]["num_epochs"] == config.num_epochs
+    assert [row["subject"] for row in details["facts"]] == [fact.subject for fact in facts]
     assert (report["method"], report["seed"], report["prompt"]) == ("memory", 0, "qa")
     assert torch.equal(rows_of(folder)[delta.changes["layer_1"].slot_ids], delta.changes["layer_1"].after)
 

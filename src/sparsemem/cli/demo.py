@@ -64,7 +64,7 @@ def run_demo(
     """
     from sparsemem.data import load_facts
     from sparsemem.files import write_jsonl
-    from sparsemem.store.deltas import DeltaStore
+    from sparsemem.store.history import DeltaStore
     from sparsemem.study.attach import attach_to_folder
     from sparsemem.study.learn import BUILT_IN_PROBE, built_in_probe, learn
 
@@ -98,7 +98,7 @@ def run_demo(
 
 def _answers(folder: Path, questions: list[str]) -> list[str]:
     from sparsemem.evaluation.generate import answer_questions
-    from sparsemem.memory.checkpoint import load
+    from sparsemem.store.load import load
 
     with console.progress("ask"):
         model, tokenizer = load(folder)

@@ -26,6 +26,11 @@ def add_learn(commands: Any) -> None:
     )
     parser.add_argument("-m", "--message", default="", metavar="TEXT", help="what this update is")
     parser.add_argument("--undo", action="store_true", help="take the last update back, exactly")
+    parser.add_argument(
+        "--hash-facts",
+        action="store_true",
+        help="keep hashes of the facts in the history, not their text",
+    )
     parser.add_argument("--out", metavar="DIR", help="save the model or adapter of a baseline method")
     parser.add_argument(
         "--background", nargs="+", default=[], metavar="TEXT", help="ordinary text, for penalties and replay"
@@ -53,6 +58,7 @@ def learn(args: argparse.Namespace) -> None:
         message=args.message,
         prompt=args.prompt,
         out=args.out,
+        hash_facts=args.hash_facts,
     )
     if args.json:
         console.emit_json(report)
@@ -64,16 +70,17 @@ def _undo(args: argparse.Namespace) -> None:
     if args.facts:
         raise ConfigError("--undo takes no FACTS; leave them out")
     from sparsemem.memory.checkpoint import read_header
-    from sparsemem.store.deltas import DeltaStore
+    from sparsemem.store.history import DeltaStore
 
     store = DeltaStore(args.folder)
     read_header(store.folder)
-    update, delta = store.undo()
+    number = len(store)
+    commit, delta = store.undo()
     if args.json:
-        undone = {"number": update.number, "digest": update.digest, "message": update.message}
+        undone = {"number": number, "commit": commit.id, "digest": commit.digest, "message": commit.message}
         console.emit_json({"undone": undone, "num_slots": delta.num_slots_trained, "num_updates": len(store)})
     else:
         console.say(
-            f"took back update {update.number} ({update.message or update.digest[:12]}): "
+            f"took back update {number}, {commit.title}: "
             f"{delta.num_slots_trained} slots are what they were; {len(store)} updates are left"
         )

@@ -4,9 +4,8 @@
     memory.safetensors              queries, keys, gates; rows written before the first update
     base.<pool>.safetensors         read-only values behind a pool, if it has any (memory-mapped)
     background_usage.safetensors    counts (slots/usage.py)
-    deltas/000001.safetensors ...   one file per update, applied in this order
 
-The state is the first plus the deltas: to learn is to add one file, to undo is to take it away.
+That is the memory as attached; what it learned since is kept beside it by `sparsemem.store`.
 """
 
 import re
@@ -42,12 +41,10 @@ from sparsemem.memory.attach import (
     pools,
     unwrapped,
 )
-from sparsemem.memory.delta import SparseDelta
 from sparsemem.memory.layer import MemoryLayer
 
 CONFIG_FILE = "memory_config.json"
 WEIGHTS_FILE = "memory.safetensors"
-DELTAS_FOLDER = "deltas"
 FORMAT = "sparsemem-memory"
 FORMAT_VERSION = 1
 
@@ -95,7 +92,7 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
 def load(
     path: str | Path, base_model: str | Any | None = None, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """Rebuild a model with its memory and everything it learned.
+    """Rebuild a model with its memory as it was saved; what was committed since is not in it.
 
     Args:
         path: A folder made by `save` or `sparsemem attach`, or the Hub id of one.
@@ -115,10 +112,9 @@ def load(
     header = read_header(folder)
     # A folder made before there was a gate goes on without one.
     config = from_json(MemoryConfig, {"quorum": 0.0, **header["memory"]}, folder / CONFIG_FILE)
-    _check_digest(folder / WEIGHTS_FILE, header["weights_sha256"])
+    check_weights(folder, header)
     tensors, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     bases = {name: _mapped(folder / file) for name, file in header.get("bases", {}).items()}
-    deltas = [SparseDelta.load(path)[0] for path in delta_paths(folder)]
     if base_model is None or isinstance(base_model, str):
         model, tokenizer = _checked_base_model(base_model or header["base_model"], header, folder, dtype)
     else:
@@ -128,8 +124,6 @@ def load(
     attach_memory(model, config, bases)
     try:
         _fill(model, tensors, folder / WEIGHTS_FILE)
-        for delta in deltas:
-            delta.apply(pools(model))
     except SparsememError:
         detach_memory(model)
         raise
@@ -172,10 +166,15 @@ def read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def delta_paths(folder: Path) -> list[Path]:
-    """List the updates of a folder, oldest first."""
-    named = [p for p in folder.glob(f"{DELTAS_FOLDER}/*.safetensors") if re.fullmatch(r"\d{6}", p.stem)]
-    return sorted(named)
+def check_weights(folder: Path, header: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the memory's weights are those its header names."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; restore it from a copy")
+    if file_sha256(path) != header["weights_sha256"]:
+        raise CheckpointError(
+            f"{path} is damaged: it is not the file {CONFIG_FILE} names; restore it from a copy"
+        )
 
 
 def local_folder(path: str | Path) -> Path:
@@ -192,15 +191,6 @@ def local_folder(path: str | Path) -> Path:
             f"{path} is neither a local folder nor a Hub repository that could be fetched: "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def _check_digest(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist; restore it from a copy")
-    if file_sha256(path) != expected:
-        raise CheckpointError(
-            f"{path} is damaged: it is not the file {CONFIG_FILE} names; restore it from a copy"
-        )
 
 
 def _weights(layer: MemoryLayer) -> dict[str, Tensor]:

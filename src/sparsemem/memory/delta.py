@@ -80,7 +80,7 @@ class SparseDelta:
                     f"delta {self.digest[:12]} is for pool {name!r} of {change.num_slots} x "
                     f"{change.after.shape[1]}, here it is {found}; apply it to the model it was made on"
                 )
-            if not _same_bits(pool.current(change.slot_ids).cpu(), change.before):
+            if not same_bits(pool.current(change.slot_ids).cpu(), change.before):
                 raise PoolMismatchError(
                     f"delta {self.digest[:12]} starts from other rows of pool {name!r} than the model "
                     "has now; apply updates in their order, and undo them in reverse"
@@ -250,13 +250,14 @@ def _compose(first: RowChange, second: RowChange) -> RowChange:
     before[at_second], before[at_first] = second.before, first.before
     after = before.clone()
     after[at_first] = first.after
-    if not _same_bits(after[at_second[in_both]], second.before[in_both]):
+    if not same_bits(after[at_second[in_both]], second.before[in_both]):
         raise PoolMismatchError("the later delta does not start from what the earlier one leaves")
     after[at_second] = second.after
     return RowChange(ids, before, after, first.num_slots)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether rows are equal as bits: -0.0 == 0.0, but they are not the same."""
     return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from sparsemem import console
+from sparsemem.errors import HistoryError
 from sparsemem.evaluation.generate import answer_questions
-from sparsemem.memory.attach import pools
-from sparsemem.memory.checkpoint import load, local_folder, read_header
+from sparsemem.memory.checkpoint import local_folder, read_header
 from sparsemem.prompts import PromptFormat, check_format
-from sparsemem.store.deltas import DeltaStore
+from sparsemem.store.history import ATTACHED, DeltaStore
+from sparsemem.store.load import load
 
 
 def ask_folder(
@@ -23,7 +24,7 @@ def ask_folder(
     Args:
         folder: A memory folder.
         question: What to ask.
-        without: Answer as before this update: its number, "last", or the beginning of its digest.
+        without: Answer as before this update, a revision of the history (see `DeltaStore`).
         prompt: How to ask.
         max_new_tokens: Where the answer is cut.
 
@@ -33,9 +34,15 @@ def ask_folder(
     check_format(prompt)
     folder = local_folder(folder)
     read_header(folder)
-    undone = DeltaStore(folder).since(without) if without else []
+    # The version before it is found first: a wrong name should not cost the time of loading.
+    revision = _before(DeltaStore(folder), without) if without else "HEAD"
     with console.progress(f"load {folder}"):
-        model, tokenizer = load(folder)
-    for delta in undone:
-        delta.invert().apply(pools(model))
+        model, tokenizer = load(folder, revision=revision)
     return answer_questions(model, tokenizer, [question], prompt=prompt, max_new_tokens=max_new_tokens)[0]
+
+
+def _before(store: DeltaStore, revision: str) -> str:
+    update = store.resolve(revision)
+    if update is None:
+        raise HistoryError(f"before {revision!r} there was nothing to ask; name an update of sparsemem log")
+    return store.get(update).parent or ATTACHED

@@ -10,18 +10,21 @@ from typing import Any
 from torch import nn
 
 from sparsemem import console
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, to_json
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import Evaluation, compare, evaluate, fact_values
 from sparsemem.evaluation.probes import Probe, load_probe, load_probes
 from sparsemem.files import check_new, new_folder
 from sparsemem.memory.attach import detach_memory, memory_layers, pools
-from sparsemem.memory.checkpoint import delta_paths, load, local_folder, read_header
+from sparsemem.memory.checkpoint import local_folder, read_header
 from sparsemem.memory.delta import distinct
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
-from sparsemem.store.deltas import DeltaStore
+from sparsemem.store.commits import fact_rows
+from sparsemem.store.history import DeltaStore
+from sparsemem.store.load import load
+from sparsemem.study.provenance import versions
 from sparsemem.training.finetune import FinetuneResult, finetune
 from sparsemem.training.methods import check_method
 
@@ -38,6 +41,7 @@ def learn(
     message: str = "",
     prompt: PromptFormat = "qa",
     out: str | Path | None = None,
+    hash_facts: bool = False,
 ) -> dict[str, Any]:
     """Teach the model of a folder some facts, and measure what it learned and what it forgot.
 
@@ -52,9 +56,10 @@ def learn(
         message: What this update is.
         prompt: How questions are asked.
         out: Folder to save a baseline's model or adapter to.
+        hash_facts: Keep only hashes of the facts in the history, not their text.
 
     Returns:
-        The report, as plain JSON values; `memory` methods also `update`, its number.
+        The report, as plain JSON values; of method="memory" also `update`, its number, and `commit`.
 
     Raises:
         SparsememError: Something given is not usable, or the run failed; the folder is as it was.
@@ -68,7 +73,8 @@ def learn(
     texts = [text for source in background for text in load_texts(source)]
     usage = load_usage(folder / USAGE_FILE)
     with console.progress(f"load {folder}"):
-        num_updates = len(delta_paths(folder))
+        store = DeltaStore(folder)
+        learned_on = store.head()
         model, tokenizer = load(folder)
         usage.check(model)
         num_base = num_base_values(model)
@@ -86,8 +92,15 @@ def learn(
         "message": message,
     }
     if result.delta is not None:
-        update = DeltaStore(folder).commit(result.delta, message, report, after=num_updates)
-        report.update(update=update.number, delta_bytes=update.path.stat().st_size, digest=update.digest)
+        details = {
+            "facts": fact_rows(fact_list, hashed=hash_facts),
+            "report": report,
+            "config": to_json(config),
+            "versions": versions(),
+        }
+        commit = store.commit(result.delta, message, details, after=learned_on)
+        num_bytes = store.objects.path(commit.object).stat().st_size
+        report.update(update=len(store), commit=commit.id, delta_bytes=num_bytes, digest=commit.digest)
     elif out:
         _save_baseline(result.model, tokenizer, Path(out))
         report["out"] = str(out)
@@ -136,6 +149,7 @@ def evaluate_folder(
     started = time.perf_counter()
     with console.progress(f"load {folder}"):
         model, tokenizer = load(folder)
+        store = DeltaStore(folder)
     scores = measure("measure", model, tokenizer, fact_list, probe_list, prompt)
     trained = {name: pool.num_rows for name, pool in pools(model).items()}
     num_values = sum(distinct(pool.rows.cpu())[0].numel() for pool in pools(model).values())
@@ -147,7 +161,7 @@ def evaluate_folder(
         },
         "num_slots_trained": sum(trained.values()),
         "changed_fraction": num_values / num_base_values(model),
-        "delta_bytes": sum(path.stat().st_size for path in delta_paths(folder)),
+        "delta_bytes": sum(store.objects.path(c.object).stat().st_size for c in store.log()),
         "seconds": round(time.perf_counter() - started, 1),
         "method": "memory",
         "seed": None,

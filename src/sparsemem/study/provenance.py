@@ -33,7 +33,7 @@ def provenance(*, model_sha: str = "", data: Iterable[str | Path] = ()) -> dict[
         "dirty": None
         if (status := _git("status", "--porcelain", "--untracked-files=no")) is None
         else bool(status),
-        "versions": {"sparsemem": sparsemem.__version__, "python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "hardware": {
             "machine": platform.machine(),
             "cpu": _cpu_name(),
@@ -63,8 +63,9 @@ def data_sha(paths: Iterable[str | Path]) -> str:
     return digest.hexdigest() if found else ""
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Versions of this library, of Python, and of the packages results depend on."""
+    found = {"sparsemem": sparsemem.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)

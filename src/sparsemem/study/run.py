@@ -29,10 +29,11 @@ from sparsemem.evaluation.probes import Probe, ProbeScore, load_probes
 from sparsemem.files import read_json, write_json
 from sparsemem.memory.attach import memory_layers, pools
 from sparsemem.memory.base_model import fingerprint, load_base_model
-from sparsemem.memory.checkpoint import base_weights, load
+from sparsemem.memory.checkpoint import base_weights
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
+from sparsemem.store.load import load
 from sparsemem.study.attach import attach_to_folder
 from sparsemem.study.learn import measure, metrics, num_base_values, train
 from sparsemem.study.provenance import peak_bytes, provenance
