@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 
@@ -49,12 +50,8 @@ def test_bytes_whose_hash_is_right_are_still_checked(data):
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     damaged = damaged[: data.draw(st.integers(0, len(damaged)))]
-    try:
-        (rows,) = parse(bytes(damaged)).values()
-    except (CheckpointError, ValueError) as error:
-        assert isinstance(error, CheckpointError) or "unpack" in str(error)
-    else:
-        assert rows.is_valid()
+    with contextlib.suppress(CheckpointError):
+        assert all(rows.is_valid() for rows in parse(bytes(damaged)).values())
 
 
 TENSORS = {

@@ -64,8 +64,8 @@ class Database:
             connection = self._open()
             connection.execute("BEGIN IMMEDIATE")
         try:
-            yield connection
             with self._errors():
+                yield connection
                 connection.execute("COMMIT")
         finally:
             if connection.in_transaction:
