@@ -57,3 +57,29 @@ def taught(made_once, folder, inputs, tmp_path, tmp_path_factory, capsys):
         capsys.readouterr()
         made_once["taught"] = shutil.copytree(folder, tmp_path_factory.mktemp("taught") / "memory")
     return shutil.copytree(made_once["taught"], tmp_path / "taught")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command; returns its exit code, what it printed and what it said."""
+    # So wide that no message is folded here; folding has a test of its own.
+    monkeypatch.setenv("COLUMNS", "5000")
+
+    def run(*argv):
+        capsys.readouterr()
+        code = main([str(arg) for arg in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def run_json(run):
+    def run_json(*argv):
+        code, out, err = run(*argv, "--json")
+        assert code == 0, err
+        value = json.loads(out)
+        assert isinstance(value, dict)
+        return value
+
+    return run_json

@@ -35,32 +35,6 @@ REPORT_KEYS = {
 QUICK = ["--num-epochs", "2", "--top-t", "6"]
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run a command; returns its exit code, what it printed and what it said."""
-    # So wide that no message is folded here; folding has a test of its own.
-    monkeypatch.setenv("COLUMNS", "5000")
-
-    def run(*argv):
-        capsys.readouterr()
-        code = main([str(arg) for arg in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def run_json(run):
-    def run_json(*argv):
-        code, out, err = run(*argv, "--json")
-        assert code == 0, err
-        value = json.loads(out)
-        assert isinstance(value, dict)
-        return value
-
-    return run_json
-
-
 def content(folder):
     """Files but the database, whose bytes move with every look."""
     return {
