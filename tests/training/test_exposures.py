@@ -229,3 +229,28 @@ def test_no_other_fact_pulls_at_the_slots_of_a_fact(large, tiny_tokenizer, facts
     assert len(first) < len(both)
     # A step is 0.05; what is left is the order of a sum.
     assert all((row - both[slot_id]).abs().max() < 0.001 for slot_id, row in first.items())
+
+
+def test_a_later_update_leaves_the_slots_of_earlier_ones_alone(large, tiny_tokenizer, facts, config):
+    model, usage = large
+    (first,) = finetune(model, tiny_tokenizer, facts[:2], usage, config).delta.changes.values()
+    alone = finetune(copy.deepcopy(model), tiny_tokenizer, facts[2:], usage, config).delta
+    (second,) = alone.changes.values()
+    assert not set(first.slot_ids.tolist()) & set(second.slot_ids.tolist())
+    untied = dataclasses.replace(config, tie_rows=False)
+    (paper,) = finetune(model, tiny_tokenizer, facts[2:], usage, untied).delta.changes.values()
+    assert set(first.slot_ids.tolist()) & set(paper.slot_ids.tolist()), "else the test shows nothing"
+
+
+def test_a_later_fact_about_the_same_subject_shares_its_slots(large, tiny_tokenizer, config):
+    model, usage = large
+    one, other = (
+        Fact(statement=f"Zed Quz Xix lives {where}.", answer=answer, subject="Zed Quz Xix", id=answer)
+        for where, answer in (("with Ana", "Ana"), ("in Oslo", "Oslo"))
+    )
+    of_run = dataclasses.replace(config, held_per_step=0)
+    (first,) = finetune(model, tiny_tokenizer, [one], usage, of_run).delta.changes.values()
+    (second,) = finetune(model, tiny_tokenizer, [other], usage, of_run).delta.changes.values()
+    shared = set(first.slot_ids.tolist()) & set(second.slot_ids.tolist())
+    assert len(shared) > len(first.slot_ids) / 2
+    assert len(second.after.unique(dim=0)) > 1

@@ -13,6 +13,7 @@ from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.memory.attach import before_read, memory_layers, observe_reads, pools, unwrapped
 from sparsemem.memory.delta import DeltaRecorder, SparseDelta
 from sparsemem.memory.layer import MemoryLayer, Reads
+from sparsemem.memory.pool import IN_BASE
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
@@ -46,8 +47,8 @@ ANCHORS: dict[str, Callable[[Tensor], Tensor]] = {
 Chosen = Mapping[int, Tensor]
 """Slots by the fact that chose them."""
 
-NOBODY, SHARED = -1, -2
-"""Owner of a slot that no tied fact has chosen, and of one that several train."""
+NOBODY, SHARED, EARLIER = -1, -2, -3
+"""Owner of a slot that no tied fact has chosen, of one that several train, and of one that had a row before."""
 
 
 class SparseMemory:
@@ -71,7 +72,10 @@ class SparseMemory:
         # With one memory layer everything below the reads is frozen, so a batch always reads the same.
         self.reads_are_fixed = num_layers == 1
         self.selections: dict[tuple[Example, ...], dict[str, Chosen]] = {}
-        self.owners = {name: torch.full_like(pool.slot_to_row, NOBODY) for name, pool in self.pools.items()}
+        self.owners = {
+            name: torch.where(pool.slot_to_row == IN_BASE, NOBODY, EARLIER).int()
+            for name, pool in self.pools.items()
+        }
         self.frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
@@ -199,7 +203,7 @@ class SparseMemory:
     def _activate(self, name: str, chosen: Chosen, anchored: Collection[int]) -> None:
         pool = self.pools[name]
         tied = anchored if self.config.ties_rows else ()
-        slot_ids, self.optimizer.ties[name] = self._claim(name, chosen, tied)
+        slot_ids, self.optimizer.ties[name] = self._claim(name, chosen, set(tied))
         # What the last step trained belongs to the overlay before its rows are recorded again.
         pool.deactivate()
         self.recorder.record(name, slot_ids)
@@ -208,11 +212,13 @@ class SparseMemory:
     def _claim(self, name: str, chosen: Chosen, tied: Collection[int]) -> tuple[Tensor, Tensor]:
         """Return the slots to train, and which of them move as one, as `SlotOptimizer.ties` says it.
 
-        A slot of a tied fact belongs to the first that chose it, and no other fact pulls at it. But
-        facts of one subject choose much the same slots: a fact that finds most of its own taken shares
-        all of them, with a row each, since one row for many answers would be too little.
+        A slot of a tied fact belongs to the first that chose it, in this update or an earlier one, and no
+        other fact pulls at it. But facts of one subject choose much the same slots: a fact that finds most
+        of its own taken shares all of them, with a row each, since one row for many answers would be too
+        little.
         """
         owners = self.owners[name]
+        untied = [of_fact for fact, of_fact in chosen.items() if fact not in tied]
         for fact, of_fact in chosen.items():
             if fact in tied:
                 owner = owners[of_fact]
@@ -223,7 +229,9 @@ class SparseMemory:
         slot_ids = torch.cat([owners.new_zeros(0, dtype=torch.int64), *chosen.values()]).unique()
         owner = owners[slot_ids].long()
         is_owned = owner >= 0
-        trained = ~is_owned | torch.isin(owner, owner.new_tensor([*chosen]))
+        trained = torch.isin(owner, owner.new_tensor([NOBODY, SHARED, *chosen]))
+        if untied:
+            trained |= (owner == EARLIER) & torch.isin(slot_ids, torch.cat(untied))
         alone = -1 - torch.arange(len(slot_ids), device=owner.device)
         return slot_ids[trained], torch.where(is_owned, owner, alone)[trained]
 
