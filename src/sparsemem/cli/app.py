@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import sparsemem
 from sparsemem import console
-from sparsemem.cli import compare, demo, history, learn, model
+from sparsemem.cli import compare, demo, history, learn, model, stream
 
 COMMANDS = (
     model.add_attach,
     learn.add_learn,
     model.add_ask,
     model.add_evaluate,
+    stream.add_stream,
     history.add_history,
     compare.add_compare,
     demo.add_demo,
