@@ -6,7 +6,7 @@
 Each method trains the same facts with the same batches, wordings and loss in bfloat16, at the learning rate
 that was best for it in experiments/facts, one epoch in turn with the others, in a process of its own. After
 each epoch the held-out questions are asked, off the clock; a method is done when their F1 reaches the target.
-The facts are the first 100 of experiments/facts where experiments/prepare.py was run, else the 32 of the demo.
+The facts are the first 100 of experiments/facts where experiments/prepare.py was run, else the 32 of demo.
 """
 
 import argparse

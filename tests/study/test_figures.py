@@ -4,7 +4,7 @@ import pytest
 
 from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.study import figures
-from sparsemem.study.figures import front, pareto
+from sparsemem.study.figures import front, pareto, recall_matrices
 
 from .made_up import result
 
@@ -97,3 +97,13 @@ def test_what_is_missing_is_named(results, tmp_path, monkeypatch):
     with pytest.raises(MissingDependencyError, match=r"sparsemem\[study\]"):
         pareto(results, tmp_path / "pareto")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_recall_matrices_are_drawn_side_by_side(tmp_path):
+    matrices = {"memory": [[0.9], [0.9, 0.8]], "lora": [[1.0], [0.2, 1.0]]}
+    files = recall_matrices(matrices, tmp_path / "matrix")
+    assert [path.name for path in files] == ["matrix.png", "matrix.svg"]
+    again = recall_matrices(matrices, tmp_path / "again")
+    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
+    other = recall_matrices({**matrices, "lora": [[1.0], [0.3, 1.0]]}, tmp_path / "other")
+    assert files[1].read_bytes() != other[1].read_bytes()

@@ -394,3 +394,16 @@ def test_the_mean_gradient_lasts_as_long_as_the_options_say(
     default, shorter, longer = losses
     assert shorter != longer
     assert default == (shorter if method == "memory" else longer)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_second_update_of_a_baseline_carries_its_adapter_on(tiny_model, tiny_tokenizer, facts, config):
+    lora = dataclasses.replace(config, method="lora", peft={"r": 2}, learning_rate=0.01)
+    first = finetune(tiny_model, tiny_tokenizer, facts[:2], None, lora)
+    weights = {n: p.clone() for n, p in first.model.named_parameters() if "lora_A" in n}
+    second = finetune(first.model, tiny_tokenizer, facts[2:], None, lora)
+    assert second.model is first.model
+    assert second.num_trained == first.num_trained
+    moved = [not torch.equal(weights[n], p) for n, p in second.model.named_parameters() if n in weights]
+    assert all(moved)
+    assert not any(n.count("lora_A") > 1 for n, _ in second.model.named_parameters())

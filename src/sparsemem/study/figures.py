@@ -1,6 +1,6 @@
 """Pictures of results. The only import of matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,38 @@ def pareto(results: Results, path: Path, *, probe: str | None = None) -> list[Pa
     return _save(figure, path.with_suffix(""))
 
 
+def recall_matrices(matrices: Mapping[str, Sequence[Sequence[float]]], path: Path) -> list[Path]:
+    """Draw what is left of each update after each later one: a triangle per method, side by side.
+
+    Args:
+        matrices: By method, a row per update with the recall of all updates so far, 0 to 1.
+        path: The picture, by its name without suffix.
+
+    Returns:
+        The files: a PNG and an SVG.
+    """
+    figure = _figure((3.4 * len(matrices) + 0.8, 3.6))
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (method, rows) in zip(panels, matrices.items(), strict=True):
+        size = len(rows)
+        filled = [[*row, *[float("nan")] * (size - len(row))] for row in rows]
+        image = axes.imshow(filled, vmin=0, vmax=1, cmap="viridis", origin="upper")
+        for after, row in enumerate(rows if size <= 12 else ()):
+            for learned, value in enumerate(row):
+                color = "white" if value < 0.6 else "black"
+                axes.text(
+                    learned, after, f"{value:.2f}"[1:], ha="center", va="center", fontsize=6, color=color
+                )
+        axes.set_title(method)
+        axes.set_xlabel("facts of update")
+        axes.set_ylabel("asked after update")
+        places = range(0, size, max(1, size // 10))
+        axes.set_xticks(places, [str(place + 1) for place in places])
+        axes.set_yticks(places, [str(place + 1) for place in places])
+    figure.colorbar(image, ax=list(panels), label="F1", shrink=0.8)
+    return _save(figure, path)
+
+
 def front(points: Sequence[Point]) -> list[Point]:
     """Keep the points that no other beats: each learns more than all that forget as little."""
     kept: list[Point] = []
@@ -81,13 +113,9 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def _draw(points: dict[str, list[Point]], across: str, up: str) -> Any:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise MissingDependencyError("a picture needs matplotlib; pip install 'sparsemem[study]'") from error
-    # Not by pyplot, which keeps every figure and asks for a display.
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = _figure((6.4, 4.4))
+    from matplotlib.ticker import PercentFormatter
+
     axes = figure.add_subplot()
     right = max(point[0] for of_method in points.values() for point in of_method)
     for number, (method, of_method) in enumerate(points.items()):
@@ -119,6 +147,15 @@ def _draw(points: dict[str, list[Point]], across: str, up: str) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("a picture needs matplotlib; pip install 'sparsemem[study]'") from error
+    # Not by pyplot, which keeps every figure and asks for a display.
+    return Figure(figsize=size, layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> list[Path]:

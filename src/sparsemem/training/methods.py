@@ -320,6 +320,10 @@ def _with_adapter(model: nn.Module, config: FinetuneConfig) -> nn.Module:
     config_class = _peft_config_class(config.method)
     import peft
 
+    if isinstance(model, peft.PeftModel):
+        # One adapter carried on: what a second update of a baseline trains.
+        model.set_adapter(model.active_adapter)
+        return model  # type: ignore[no-any-return]
     options = dict(config.peft)
     if config.method == "lora":
         options = {"r": 32, "lora_alpha": 64, "target_modules": "all-linear", **options}
