@@ -148,15 +148,16 @@ def test_a_slot_found_by_accident_does_not_fire(parts):
     model, tokenizer, usage = parts
     text = "The baker walked"
     update = write(model, slots_read(model, tokenizer, text), 0, "1")
-    slots = [s for t in explain(model, tokenizer, usage, [update], text)["tokens"] for s in t["slots"]]
-    least = min(slots, key=lambda slot: slot["share"])
-    assert least["share"] / 0.33 < FIRES_FROM ** (1 / 3)
+    shares = {}
+    for token in explain(model, tokenizer, usage, [update], text)["tokens"]:
+        for slot in token["slots"]:
+            shares[slot["slot"]] = max(shares.get(slot["slot"], 0), slot["share"])
     update.delta.invert().apply(pools(model))
-    others = [s["slot"] for s in slots if s["slot"] == least["slot"] and s["share"] > least["share"]]
-    assert not others, "choose a slot that is read once"
-    update = write(model, torch.tensor([least["slot"]]), 0, "1")
+    least = min(shares, key=shares.get)
+    assert 2 * shares[least] / 0.33 < FIRES_FROM ** (1 / 3), "both heads together must stay below"
+    update = write(model, torch.tensor([least]), 0, "1")
     result = explain(model, tokenizer, usage, [update], text)
-    assert sum(token["num_written"] for token in result["tokens"]) == 1
+    assert sum(token["num_written"] for token in result["tokens"]) > 0
     assert not result["fires"]
     assert result["updates"] == []
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import sparsemem
 from sparsemem import console
-from sparsemem.cli import compare, demo, history, learn, model
+from sparsemem.cli import compare, demo, explain, history, learn, model
 
 COMMANDS = (
     model.add_attach,
@@ -14,6 +14,7 @@ COMMANDS = (
     model.add_ask,
     model.add_evaluate,
     history.add_history,
+    explain.add_explain,
     compare.add_compare,
     demo.add_demo,
 )
