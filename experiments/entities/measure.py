@@ -89,8 +89,8 @@ def sentence(result: dict[str, Any]) -> str:
         f"tokens are (p = {ranked['p']:.3f}), and of slots drawn by lot {percent(lot['share'])}; "
         f"the subject's last token has {times['subject, last token']:.1f} times its share of tokens, its "
         f"first {times['subject, first token']:.1f}, the answer {times['answer']:.1f}, the token after the "
-        f"subject {times['after subject']:.1f}; and {number(core['size'])} slots are read in every wording of a fact "
-        f"(the paper: 100 to 500), {number(core['rare'])} of them rare.**"
+        f"subject {times['after subject']:.1f}; and {number(core['size'])} slots are read in every wording "
+        f"of a fact (the paper: 100 to 500), {number(core['rare'])} of them rare.**"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import sparsemem
 from sparsemem import console
-from sparsemem.cli import compare, demo, explain, history, learn, model
+from sparsemem.cli import compare, demo, explain, history, learn, model, plan
 
 COMMANDS = (
     model.add_attach,
@@ -15,6 +15,7 @@ COMMANDS = (
     model.add_evaluate,
     history.add_history,
     explain.add_explain,
+    plan.add_plan,
     compare.add_compare,
     demo.add_demo,
 )

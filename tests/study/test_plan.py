@@ -1,0 +1,82 @@
+import json
+
+import pytest
+import torch
+
+from sparsemem.errors import MissingFileError
+from sparsemem.memory.attach import pools
+from sparsemem.memory.checkpoint import load
+from sparsemem.slots.capacity import Capacity
+from sparsemem.slots.usage import USAGE_FILE, load_usage
+from sparsemem.store.deltas import DeltaStore
+from sparsemem.study.learn import learn
+from sparsemem.study.plan import facts_left, most_pressing, plan_folder
+
+
+def test_a_new_folder_is_empty(folder):
+    result = plan_folder(folder)
+    assert json.loads(json.dumps(result)) == result
+    assert (result["num_updates"], result["num_facts"], result["facts_left"]) == (0, 0, None)
+    pool = result["pools"]["layer_1"]
+    assert (pool["num_slots"], pool["num_written"], pool["hit_share"]) == (64, 0, 0)
+    assert result["disk_bytes"]["updates"] == result["memory_bytes"]["rows"] == 0
+    assert result["memory_bytes"]["map"] == 4 * 64
+
+
+def test_figures_are_those_of_the_folder(folder, facts, config):
+    for fact in facts:
+        learn(folder, [fact], probes=[], config=config)
+    result = plan_folder(folder)
+    assert (result["num_updates"], result["num_facts"]) == (2, 2)
+    model, _ = load(folder)
+    written = pools(model)["layer_1"].row_slot_ids
+    first, second = (delta.changes["layer_1"].slot_ids for delta in reversed(DeltaStore(folder).since("1")))
+    usage = load_usage(folder / USAGE_FILE).pools["layer_1"]
+    pool = result["pools"]["layer_1"]
+    assert pool["num_written"] == len(written) > 0
+    assert pool["fill"] == len(written) / 64
+    assert pool["num_shared"] == len(set(first.tolist()) & set(second.tolist()))
+    assert pool["hit_share"] == pytest.approx(int(usage.reads[written].sum()) / int(usage.reads.sum()))
+    assert result["memory_bytes"]["rows"] == len(written) * (32 * 4 + 8)
+    assert result["memory_bytes"]["keys"] == sum(
+        p.numel() * 4 for name, p in model.named_parameters() if ".memory." in name
+    )
+    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert sum(result["disk_bytes"].values()) == on_disk
+    assert result["disk_bytes"]["updates"] == sum(u.path.stat().st_size for u in DeltaStore(folder).updates())
+    assert result["disk_bytes"]["usage"] == (folder / USAGE_FILE).stat().st_size
+    assert result["recommendation"] in ("nothing", "more slots", "other keys")
+    assert torch.equal(written, pools(load(folder)[0])["layer_1"].row_slot_ids)
+
+
+def capacity(hit_share=0.01, hub_share=0.1, accident=0.0):
+    return Capacity(
+        num_slots=100,
+        num_written=10,
+        num_shared=0,
+        hub_share=hub_share,
+        hit_share=hit_share,
+        accident=accident,
+    )
+
+
+def test_the_pool_that_needs_most_is_named():
+    pools = {"layer_1": capacity(accident=0.5), "layer_2": capacity(hub_share=0.9), "layer_3": capacity()}
+    action, reason = most_pressing(pools)
+    assert action == "other keys"
+    assert reason.startswith("layer_2: ")
+    assert most_pressing({"layer_3": capacity()})[1].startswith("10.0% of the slots")
+
+
+def test_facts_that_are_left_follow_from_the_fullest_pool():
+    pools = {"layer_1": capacity(hit_share=0.001), "layer_2": capacity(hit_share=0.002)}
+    # Without a quorum a hundredth of the reads is the limit: five times what is there.
+    assert facts_left(pools, 10, 0.0) == 40
+    assert facts_left({"layer_1": capacity(hit_share=0.5)}, 10, 0.0) == 0
+    assert facts_left({"layer_1": capacity(hit_share=0.0)}, 10, 0.0) is None
+    assert facts_left(pools, 0, 0.0) is None
+
+
+def test_a_folder_without_a_memory_is_refused(tmp_path):
+    with pytest.raises(MissingFileError, match="sparsemem attach"):
+        plan_folder(tmp_path)
