@@ -15,6 +15,13 @@ def test_people_get_a_table_and_machines_json(taught, capsys):
     assert result["pools"]["layer_1"]["num_written"] > 0
 
 
+def test_how_much_fires_is_measured_on_a_background(taught, inputs, capsys):
+    assert main(["plan", str(taught), "--background", str(inputs / "background.jsonl")]) == 0
+    assert "not measured" not in capsys.readouterr().err
+    assert main(["plan", str(taught), "--background", "none.txt"]) == 2
+    assert "none.txt does not exist" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_memory_is_a_mistake(tmp_path, capsys):
     assert main(["plan", str(tmp_path)]) == 2
     out, err = capsys.readouterr()

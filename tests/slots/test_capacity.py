@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from sparsemem.slots.capacity import Capacity, hub_share, measure_capacity, num_wanted_twice, recommend, room
+from sparsemem.slots.capacity import Capacity, hub_share, measure_capacity, num_wanted_twice, recommend
 from sparsemem.slots.usage import PoolUsage
 
 FINE = Capacity(
@@ -41,18 +41,7 @@ def test_a_pool_is_measured_by_what_the_background_reads(quorum, accident):
 def test_an_empty_pool_has_no_accidents():
     found = measure_capacity(usage([2, 3, 3, 2]), torch.zeros(0, dtype=torch.int64), [], 0.3)
     assert (found.hit_share, found.accident, found.num_written) == (0, 0, 0)
-    assert room(found, 0.3) is None
     assert recommend(found)[0] == "nothing"
-
-
-@pytest.mark.parametrize("quorum", [0.0, 0.33])
-def test_room_is_what_brings_accidents_to_their_limit(quorum):
-    reads = usage([2] * 500)
-    written = torch.arange(3)
-    times = room(measure_capacity(reads, written, [], quorum), quorum)
-    more = torch.arange(round(3 * times))
-    just = measure_capacity(reads, more, [], quorum)
-    assert just.accident == pytest.approx(0.01, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +50,8 @@ def test_room_is_what_brings_accidents_to_their_limit(quorum):
         ({}, "nothing", "5.0% of the slots are written"),
         ({"hub_share": 0.6}, "other keys", "take 60% of all reads"),
         ({"accident": 0.02, "hit_share": 0.09}, "more slots", "9.0% of its reads written"),
+        ({"fires": 0.03}, "more slots", "to 3.0% of the tokens of ordinary text"),
+        ({"fires": 0.001}, "nothing", "0.10% of the tokens of ordinary text fire"),
         ({"num_shared": 10}, "more slots", "20% of the written slots are wanted by more than one"),
         (
             {"num_written": 0, "num_shared": 0, "hit_share": 0.0, "accident": 0.0},

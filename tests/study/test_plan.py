@@ -9,14 +9,15 @@ from sparsemem.memory.checkpoint import load
 from sparsemem.slots.capacity import Capacity
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.store.deltas import DeltaStore
+from sparsemem.study.explain import explain, taught_updates
 from sparsemem.study.learn import learn
-from sparsemem.study.plan import facts_left, most_pressing, plan_folder
+from sparsemem.study.plan import most_pressing, plan_folder
 
 
 def test_a_new_folder_is_empty(folder):
     result = plan_folder(folder)
     assert json.loads(json.dumps(result)) == result
-    assert (result["num_updates"], result["num_facts"], result["facts_left"]) == (0, 0, None)
+    assert (result["num_updates"], result["num_facts"]) == (0, 0)
     pool = result["pools"]["layer_1"]
     assert (pool["num_slots"], pool["num_written"], pool["hit_share"]) == (64, 0, 0)
     assert result["disk_bytes"]["updates"] == result["memory_bytes"]["rows"] == 0
@@ -68,13 +69,23 @@ def test_the_pool_that_needs_most_is_named():
     assert most_pressing({"layer_3": capacity()})[1].startswith("10.0% of the slots")
 
 
-def test_facts_that_are_left_follow_from_the_fullest_pool():
-    pools = {"layer_1": capacity(hit_share=0.001), "layer_2": capacity(hit_share=0.002)}
-    # Without a quorum a hundredth of the reads is the limit: five times what is there.
-    assert facts_left(pools, 10, 0.0) == 40
-    assert facts_left({"layer_1": capacity(hit_share=0.5)}, 10, 0.0) == 0
-    assert facts_left({"layer_1": capacity(hit_share=0.0)}, 10, 0.0) is None
-    assert facts_left(pools, 0, 0.0) is None
+def test_how_much_fires_is_counted_as_explain_does(folder, facts, config, background, texts):
+    assert plan_folder(folder, [str(background)])["pools"]["layer_1"]["fires"] == 0
+    learn(folder, facts, probes=[], config=config)
+    result = plan_folder(folder, [str(background)])
+    model, tokenizer = load(folder)
+    usage, updates = load_usage(folder / USAGE_FILE), taught_updates(folder)
+    tokens = [token for text in texts for token in explain(model, tokenizer, usage, updates, text)["tokens"]]
+    fires = sum(token["fires"] for token in tokens)
+    assert fires > 0
+    assert result["pools"]["layer_1"]["fires"] == pytest.approx(fires / len(tokens))
+    assert plan_folder(folder)["pools"]["layer_1"]["fires"] is None
+
+
+def test_a_background_that_is_not_there_is_named_before_the_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("sparsemem.study.plan.load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(MissingFileError, match=r"none\.txt"):
+        plan_folder(folder, ["none.txt"])
 
 
 def test_a_folder_without_a_memory_is_refused(tmp_path):

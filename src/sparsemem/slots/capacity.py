@@ -13,6 +13,7 @@ HUBS = 0.01
 """Share of the slots that count as hubs: the most read ones."""
 
 MAX_HUB_SHARE = 0.5
+MAX_FIRES = 0.01
 MAX_ACCIDENT = 0.01
 MAX_SHARED_FRACTION = 0.1
 """Rules of thumb, not a fitted law: from here on something should be done."""
@@ -28,10 +29,12 @@ class Capacity:
         num_shared: Slots that two updates or more have written: what the later one wrote, the earlier
             one reads.
         hub_share: Share of the background's reads that go to the most read 1 % of the slots.
-        hit_share: Share of the background's reads that find a written slot: how many of its reads a
-            random token finds written, on average.
-        accident: How much of an answer that was not meant for it comes to a token that finds just that many
-            written. Names find more than the mean token, and their mean is above this.
+        hit_share: Share of the background's reads that find a written slot: how many of its reads the
+            mean token finds written.
+        accident: How much of an answer that was not meant for it comes to a token that finds just that
+            many written. Tokens that are like a name find many more, so the mean over tokens is far above
+            this: what is too much here is certainly too much.
+        fires: Share of tokens of ordinary text to which something learned answers, where it was measured.
     """
 
     num_slots: int
@@ -40,6 +43,7 @@ class Capacity:
     hub_share: float
     hit_share: float
     accident: float
+    fires: float | None = None
 
     @property
     def fill(self) -> float:
@@ -47,7 +51,13 @@ class Capacity:
         return self.num_written / self.num_slots
 
 
-def measure_capacity(usage: PoolUsage, written: Tensor, updates: Sequence[Tensor], quorum: float) -> Capacity:
+def measure_capacity(
+    usage: PoolUsage,
+    written: Tensor,
+    updates: Sequence[Tensor],
+    quorum: float,
+    fires: float | None = None,
+) -> Capacity:
     """Measure a pool.
 
     Args:
@@ -55,6 +65,7 @@ def measure_capacity(usage: PoolUsage, written: Tensor, updates: Sequence[Tensor
         written: Slots that hold something, distinct.
         updates: Slots each update wrote, distinct within an update.
         quorum: Share of a token's reads that must find something for the full answer; 0 for none.
+        fires: As in `Capacity`.
     """
     hit_share = int(usage.reads[written].sum()) / max(1, usage.total_reads)
     # Without a quorum every read counts by itself.
@@ -66,6 +77,7 @@ def measure_capacity(usage: PoolUsage, written: Tensor, updates: Sequence[Tensor
         hub_share=hub_share(usage.reads),
         hit_share=hit_share,
         accident=accident,
+        fires=fires,
     )
 
 
@@ -83,18 +95,6 @@ def num_wanted_twice(updates: Sequence[Tensor]) -> int:
     return int((times > 1).sum())
 
 
-def room(capacity: Capacity, quorum: float) -> float | None:
-    """Say how many times what is written now fits in all, until accidents reach `MAX_ACCIDENT`.
-
-    If what comes is read by the background as often as what was learned: hits then grow as the written
-    slots do. None where the background reads nothing that is written.
-    """
-    if not capacity.hit_share:
-        return None
-    limit = quorum * MAX_ACCIDENT ** (1 / 3) if quorum else MAX_ACCIDENT
-    return limit / capacity.hit_share
-
-
 def recommend(capacity: Capacity) -> tuple[str, str]:
     """Say what to do about a pool: "nothing", "more slots" or "other keys"; and why."""
     shared = capacity.num_shared / max(1, capacity.num_written)
@@ -103,6 +103,11 @@ def recommend(capacity: Capacity) -> tuple[str, str]:
             f"the most read {HUBS:.0%} of the slots take {capacity.hub_share:.0%} of all reads (limit "
             f"{MAX_HUB_SHARE:.0%}), which leaves few slots of their own to facts; attach anew with more or "
             "other --background, or --keys k_means"
+        )
+    if capacity.fires is not None and capacity.fires > MAX_FIRES:
+        return "more slots", (
+            f"something learned answers to {capacity.fires:.1%} of the tokens of ordinary text (limit "
+            f"{MAX_FIRES:.0%}); attach anew with twice the --num-keys and teach it again"
         )
     if capacity.accident > MAX_ACCIDENT:
         return "more slots", (
@@ -116,7 +121,8 @@ def recommend(capacity: Capacity) -> tuple[str, str]:
             f"{MAX_SHARED_FRACTION:.0%}), so that later ones overwrite earlier ones; attach anew with twice "
             "the --num-keys, or teach facts of one subject in one update"
         )
+    fires = "" if capacity.fires is None else f", {capacity.fires:.2%} of the tokens of ordinary text fire"
     return "nothing", (
         f"{capacity.fill:.1%} of the slots are written, the mean token finds {capacity.hit_share:.2%} of its "
-        f"reads written, and {shared:.1%} of the written slots are wanted by more than one update"
+        f"reads written{fires}, and {shared:.1%} of the written slots are wanted by more than one update"
     )

@@ -1,61 +1,74 @@
 """How full the memory of a folder is, what it takes, and what to do about it."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsemem import console
-from sparsemem.memory.attach import memory_config, memory_layers, pools
+from sparsemem.data import load_texts
+from sparsemem.encode import token_batches
+from sparsemem.errors import DataError
+from sparsemem.memory.attach import memory_config, memory_layers, observe_reads, pools
 from sparsemem.memory.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, local_folder, read_header
-from sparsemem.slots.capacity import Capacity, measure_capacity, recommend, room
+from sparsemem.memory.layer import MemoryLayer, Reads
+from sparsemem.slots.capacity import Capacity, measure_capacity, recommend
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.study.explain import taught_updates
-from sparsemem.study.reads import written_slots
+from sparsemem.study.reads import firing_tokens, written_slots
 
 ACTIONS = ("other keys", "more slots", "nothing")
 """What is recommended, the most pressing first."""
 
+NUM_TEXTS = 200
+"""Texts that are read to measure how much fires."""
 
-def plan_folder(folder: str | Path) -> dict[str, Any]:
+
+def plan_folder(folder: str | Path, background: Sequence[str] = ()) -> dict[str, Any]:
     """Measure how full the memory of a folder is, and recommend one thing.
 
     Args:
         folder: A memory folder.
+        background: Sources of ordinary text, to measure how much of it something learned answers to.
 
     Returns:
         As plain JSON values: `num_updates`; `num_facts`, as far as updates say what they taught; `pools`,
-        the capacity of each; `facts_left`, an extrapolation; `disk_bytes` and `memory_bytes`, by what takes
-        them; `recommendation` and its `reason`.
+        the capacity of each; `disk_bytes` and `memory_bytes`, by what takes them; `recommendation` and its
+        `reason`.
 
     Raises:
-        SparsememError: The folder cannot be read.
+        SparsememError: The folder or the background cannot be read.
     """
     folder = local_folder(folder)
     header = read_header(folder)
     usage = load_usage(folder / USAGE_FILE)
     updates = taught_updates(folder)
+    texts = [text for source in background for text in load_texts(source)]
     with console.progress(f"load {folder}"):
-        model, _ = load(folder)
+        model, tokenizer = load(folder)
     usage.check(model)
+    fires = firing_by_pool(model, tokenizer, texts) if texts else {}
     quorum = memory_config(model).quorum
     capacities = {
         name: measure_capacity(
-            usage.pools[name], pool.row_slot_ids.cpu(), written_slots(updates, name), quorum
+            usage.pools[name],
+            pool.row_slot_ids.cpu(),
+            written_slots(updates, name),
+            quorum,
+            fires.get(name),
         )
         for name, pool in pools(model).items()
     }
-    num_facts = sum(len(update.facts) for update in updates)
     action, reason = most_pressing(capacities)
     return {
         "num_updates": len(updates),
-        "num_facts": num_facts,
+        "num_facts": sum(len(update.facts) for update in updates),
         "pools": {
             name: {**dataclasses.asdict(capacity), "fill": capacity.fill}
             for name, capacity in capacities.items()
         },
-        "facts_left": facts_left(capacities, num_facts, quorum),
         "disk_bytes": disk_bytes(folder, list(header.get("bases", {}).values())),
         "memory_bytes": memory_bytes(model),
         "recommendation": action,
@@ -71,10 +84,34 @@ def most_pressing(capacities: dict[str, Capacity]) -> tuple[str, str]:
     return action, f"{name}: {reason}" if len(advice) > 1 else reason
 
 
-def facts_left(capacities: dict[str, Capacity], num_facts: int, quorum: float) -> int | None:
-    """Extrapolate how many more facts of the kind learned so far fit, until accidents reach their limit."""
-    rooms = [times for capacity in capacities.values() if (times := room(capacity, quorum)) is not None]
-    return max(0, round(num_facts * (min(rooms) - 1))) if rooms and num_facts else None
+def firing_by_pool(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
+    """Measure to what share of the tokens of some texts something learned answers.
+
+    Args:
+        model: A model with a memory.
+        tokenizer: Its tokenizer.
+        texts: Ordinary texts; the first `NUM_TEXTS` are read, up to 256 tokens of each.
+
+    Returns:
+        By pool; in the layer that fires most, where several share one.
+    """
+    fired: dict[MemoryLayer, int] = dict.fromkeys(memory_layers(model), 0)
+    num_tokens = 0
+    device = next(model.parameters()).device
+    for batch in token_batches(tokenizer, texts[:NUM_TEXTS], device=device):
+        mask = batch["attention_mask"].bool()
+        num_tokens += int(mask.sum())
+
+        def count(layer: MemoryLayer, reads: Reads, mask: Tensor = mask) -> None:
+            fired[layer] += int((firing_tokens(layer, reads) & mask).sum())
+
+        observe_reads(model, count, **batch)
+    if not num_tokens:
+        raise DataError("the background has no text; give some documents")
+    shares: dict[str, float] = {}
+    for layer, num in fired.items():
+        shares[layer.pool_name] = max(shares.get(layer.pool_name, 0.0), num / num_tokens)
+    return shares
 
 
 def disk_bytes(folder: Path, bases: list[str]) -> dict[str, int]:

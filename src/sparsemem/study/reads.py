@@ -124,6 +124,14 @@ class ReadRecorder:
                 )
 
 
+def firing_tokens(layer: MemoryLayer, reads: Reads) -> Tensor:
+    """Tell which tokens something learned answers to in a layer; bool, shape (sequences, tokens)."""
+    slot_ids_TR, weights_TR = reads.slot_ids.flatten(0, 1).flatten(1), reads.weights.flatten(0, 1).flatten(1)
+    finds_T = torch.isin(slot_ids_TR, layer.pool.row_slot_ids).any(dim=1)
+    agrees_T = layer.agreement(slot_ids_TR, weights_TR).squeeze(1) >= FIRES_FROM
+    return (finds_T & agrees_T).view(reads.slot_ids.shape[:2])
+
+
 def written_slots(updates: Sequence[Taught], pool: str) -> list[Tensor]:
     """List the slots each update wrote of a pool."""
     none = torch.zeros(0, dtype=torch.int64)
