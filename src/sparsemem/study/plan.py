@@ -12,10 +12,11 @@ from sparsemem.data import load_texts
 from sparsemem.encode import token_batches
 from sparsemem.errors import DataError
 from sparsemem.memory.attach import memory_config, memory_layers, observe_reads, pools
-from sparsemem.memory.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, local_folder, read_header
+from sparsemem.memory.checkpoint import CONFIG_FILE, WEIGHTS_FILE, local_folder, read_header
 from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.slots.capacity import Capacity, measure_capacity, recommend
 from sparsemem.slots.usage import USAGE_FILE, load_usage
+from sparsemem.store.load import load
 from sparsemem.study.explain import taught_updates
 from sparsemem.study.reads import firing_tokens, written_slots
 
@@ -115,14 +116,14 @@ def firing_by_pool(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str
 
 
 def disk_bytes(folder: Path, bases: list[str]) -> dict[str, int]:
-    """Add up the files of a folder: the memory as it was attached, its base tables, usage, and updates."""
+    """Add up the files of a folder: the memory as attached, its base tables, usage, and the history."""
     sizes = {
         str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
     }
     attached = sum(sizes.pop(name, 0) for name in (CONFIG_FILE, WEIGHTS_FILE))
     base = sum(sizes.pop(name, 0) for name in bases)
     usage = sizes.pop(USAGE_FILE, 0)
-    return {"memory": attached, "base": base, "usage": usage, "updates": sum(sizes.values())}
+    return {"memory": attached, "base": base, "usage": usage, "history": sum(sizes.values())}
 
 
 def memory_bytes(model: nn.Module) -> dict[str, int]:
