@@ -31,7 +31,7 @@ def say(text: str = "", style: str = "") -> None:
 
 def say_parts(parts: Iterable[tuple[str, str]]) -> None:
     """Write a text to stderr whose parts have a style each."""
-    stderr.print(Text.assemble(*parts))
+    stderr.print(Text.assemble(*parts), soft_wrap=True)
 
 
 def emit(text: str) -> None:

@@ -4,11 +4,8 @@ import pytest
 
 
 @pytest.fixture
-def measure(script, monkeypatch):
-    from .conftest import EXPERIMENTS
-
-    monkeypatch.syspath_prepend(str(EXPERIMENTS / "entities"))
-    return script("measure")
+def measure(measure_of):
+    return measure_of("entities")
 
 
 def test_the_answer_in_the_readme_is_that_of_the_file(measure):

@@ -3,12 +3,12 @@ import json
 import pytest
 import torch
 
-from sparsemem.config import to_json
+from sparsemem.config import MemoryConfig, to_json
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, MissingFileError
-from sparsemem.memory.attach import observe_reads, pools
+from sparsemem.memory.attach import attach_memory, observe_reads, pools
 from sparsemem.memory.delta import DeltaRecorder
-from sparsemem.slots.usage import USAGE_FILE, load_usage
+from sparsemem.slots.usage import USAGE_FILE, count_usage, load_usage
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.study.explain import explain, explain_folder, taught_updates
@@ -236,3 +236,30 @@ def test_mistakes_are_found_before_the_model_is_loaded(folder, monkeypatch):
         explain_folder(folder, "Zed", facts="missing.jsonl")
     with pytest.raises(MissingFileError):
         explain_folder(folder / "none", "Zed")
+
+
+@pytest.mark.parametrize("shared_pool", [False, True])
+def test_several_layers_are_explained_together(tiny_model, tiny_tokenizer, texts, shared_pool):
+    shape = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4, "shared_pool": shared_pool}
+    model = attach_memory(tiny_model, MemoryConfig(layers=(0, 2), **shape))
+    usage = count_usage(model, tiny_tokenizer, texts, num_documents=10)
+    text, found = "Who owns Zed?", {}
+    ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])
+    nothing = next_log_probs(model, tiny_tokenizer, text)
+    observe_reads(
+        model, lambda layer, reads: found.setdefault(layer.pool_name, reads.slot_ids.unique()), input_ids=ids
+    )
+    recorder = DeltaRecorder(pools(model))
+    for name, slot_ids in found.items():
+        recorder.record(name, slot_ids)
+        pools(model)[name].write(slot_ids, torch.randn(1, 32).expand(len(slot_ids), -1))
+    update = Taught("1", "", (ZED,), recorder.delta())
+    result = explain(model, tiny_tokenizer, usage, [update], text)
+    assert {slot["pool"] for token in result["tokens"] for slot in token["slots"]} == set(found)
+    assert all(token["num_reads"] == 16 for token in result["tokens"])
+    best = next_log_probs(model, tiny_tokenizer, text).topk(5)
+    torch.testing.assert_close(torch.tensor([token["log_prob"] for token in result["next"]]), best.values)
+    (entry,) = result["updates"]
+    assert entry["log_probs_without"] == result["log_probs_without_all"]
+    torch.testing.assert_close(torch.tensor(entry["log_probs_without"]), nothing[best.indices])
+    assert entry["facts"] == [{"fact": "Who owns Zed? Ana", "num_reads": entry["num_reads"]}]

@@ -120,7 +120,7 @@ def explain(
         `updates` read at tokens that fire, with `kl` and `log_probs_without` where they were left out;
         `next`, the most likely tokens, and their `log_probs_without_all` that was learned;
         `kl_all`, how far that is from the prediction, in nats;
-        `num_passes`, forward passes it took.
+        `num_passes`, forward passes it took, beside some that end at the memory, to name facts.
 
     Raises:
         ConfigError: `top` is not positive.
