@@ -34,6 +34,7 @@ OPTIONAL = {
     "gguf",
     "scipy",
     "matplotlib",
+    "yaml",
     "lm_eval",
     "fastapi",
     "torch.distributed",

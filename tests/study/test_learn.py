@@ -13,7 +13,8 @@ from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.study.ask import ask_folder
 from sparsemem.study.attach import attach_to_folder
-from sparsemem.study.learn import built_in_probe, evaluate_folder, learn, num_base_values, resolve_probes
+from sparsemem.study.learn import evaluate_folder, learn
+from sparsemem.study.measure import built_in_probe, num_base_values, resolve_probes
 
 
 def content(folder):
@@ -134,7 +135,7 @@ def test_a_mistake_is_an_error_and_changes_nothing(folder, facts, config, option
 
 
 def test_facts_and_probes_are_read_before_the_model(folder, monkeypatch):
-    monkeypatch.setattr("sparsemem.study.learn.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sparsemem.study.session.load", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(MissingFileError):
         learn(folder, "missing.jsonl")
     with pytest.raises(MissingFileError):
@@ -158,7 +159,7 @@ def test_facts_and_probes_are_read_before_the_model(folder, monkeypatch):
 def test_options_are_checked_before_the_minutes_of_measuring_and_training(
     folder, facts, config, monkeypatch, options, reason
 ):
-    monkeypatch.setattr("sparsemem.study.learn.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sparsemem.study.session.load", lambda *_: pytest.fail("the model was loaded"))
     given = {"probes": [], **options}
     config = dataclasses.replace(config, method=given.pop("method", "memory"))
     if "out" in given:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import sparsemem
 from sparsemem import console
-from sparsemem.cli import compare, demo, explain, history, learn, model, plan
+from sparsemem.cli import compare, demo, explain, history, learn, model, plan, stream
 
 COMMANDS = (
     model.add_attach,
     learn.add_learn,
     model.add_ask,
     model.add_evaluate,
+    stream.add_stream,
     history.add_history,
     explain.add_explain,
     plan.add_plan,

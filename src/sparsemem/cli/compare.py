@@ -124,7 +124,7 @@ def show(out: Path, names: list[str]) -> dict[str, Any]:
 
 
 def _built_in_probes() -> list[str]:
-    from sparsemem.study.learn import BUILT_IN_PROBE, built_in_probe
+    from sparsemem.study.measure import BUILT_IN_PROBE, built_in_probe
 
     return [f"{BUILT_IN_PROBE}={built_in_probe()}"]
 

@@ -66,7 +66,8 @@ def run_demo(
     from sparsemem.files import write_jsonl
     from sparsemem.store.history import DeltaStore
     from sparsemem.study.attach import attach_to_folder
-    from sparsemem.study.learn import BUILT_IN_PROBE, built_in_probe, learn
+    from sparsemem.study.learn import learn
+    from sparsemem.study.measure import BUILT_IN_PROBE, built_in_probe
 
     background, heldout = work / "background.jsonl", work / "heldout.jsonl"
     write_jsonl(background, [{"text": text} for text in articles[:NUM_BACKGROUND]])

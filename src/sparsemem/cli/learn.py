@@ -31,6 +31,11 @@ def add_learn(commands: Any) -> None:
         action="store_true",
         help="keep hashes of the facts in the history, not their text",
     )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="teach facts that contradict some taught before, in their place",
+    )
     parser.add_argument("--out", metavar="DIR", help="save the model or adapter of a baseline method")
     parser.add_argument(
         "--background", nargs="+", default=[], metavar="TEXT", help="ordinary text, for penalties and replay"
@@ -59,6 +64,7 @@ def learn(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         out=args.out,
         hash_facts=args.hash_facts,
+        replace=args.replace,
     )
     if args.json:
         console.emit_json(report)

@@ -23,6 +23,10 @@ CREATE TABLE commits (
     details TEXT NOT NULL
 ) STRICT;
 CREATE TABLE refs (name TEXT PRIMARY KEY, kind TEXT NOT NULL, target TEXT NOT NULL) STRICT;
+CREATE TABLE proposals (
+    sha TEXT PRIMARY KEY, fact TEXT NOT NULL, source TEXT NOT NULL, time TEXT NOT NULL, author TEXT NOT NULL,
+    status TEXT NOT NULL, reason TEXT NOT NULL
+) STRICT;
 CREATE TABLE journal (
     number INTEGER PRIMARY KEY, time TEXT NOT NULL, author TEXT NOT NULL, action TEXT NOT NULL,
     ref TEXT NOT NULL, before TEXT, after TEXT

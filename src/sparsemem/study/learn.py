@@ -2,33 +2,26 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from sparsemem import console
-from sparsemem.config import FinetuneConfig, to_json
+from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
-from sparsemem.evaluation.evaluate import Evaluation, compare, evaluate, fact_values
-from sparsemem.evaluation.probes import Probe, load_probe, load_probes
+from sparsemem.evaluation.evaluate import fact_values
 from sparsemem.files import check_new, new_folder
-from sparsemem.memory.attach import detach_memory, memory_layers, pools
+from sparsemem.memory.attach import detach_memory, pools
 from sparsemem.memory.checkpoint import local_folder, read_header
 from sparsemem.memory.delta import distinct
 from sparsemem.prompts import PromptFormat, check_format
-from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
-from sparsemem.store.commits import fact_rows
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
-from sparsemem.study.provenance import versions
-from sparsemem.training.finetune import FinetuneResult, finetune
+from sparsemem.study.measure import measure, num_base_values, resolve_probes
+from sparsemem.study.policy import check_contradictions
+from sparsemem.study.session import Session
 from sparsemem.training.methods import check_method
-
-BUILT_IN_PROBE = "general_knowledge"
 
 
 def learn(
@@ -42,6 +35,7 @@ def learn(
     prompt: PromptFormat = "qa",
     out: str | Path | None = None,
     hash_facts: bool = False,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Teach the model of a folder some facts, and measure what it learned and what it forgot.
 
@@ -57,6 +51,7 @@ def learn(
         prompt: How questions are asked.
         out: Folder to save a baseline's model or adapter to.
         hash_facts: Keep only hashes of the facts in the history, not their text.
+        replace: Teach facts that contradict some taught before; these count as taken back.
 
     Returns:
         The report, as plain JSON values; of method="memory" also `update`, its number, and `commit`.
@@ -71,38 +66,16 @@ def learn(
         raise DataError("there are no facts; give at least one")
     probe_list = resolve_probes(probes)
     texts = [text for source in background for text in load_texts(source)]
-    usage = load_usage(folder / USAGE_FILE)
-    with console.progress(f"load {folder}"):
-        store = DeltaStore(folder)
-        learned_on = store.head()
-        model, tokenizer = load(folder)
-        usage.check(model)
-        num_base = num_base_values(model)
-    before = measure("measure before", model, tokenizer, fact_list, probe_list, prompt)
-    started = time.perf_counter()
-    result = train(model, tokenizer, fact_list, usage, config, texts)
-    seconds = time.perf_counter() - started
-    after = measure("measure after", result.model, tokenizer, fact_list, probe_list, prompt)
-    report = {
-        **metrics(before, after, result, num_base),
-        "seconds": round(seconds, 1),
-        "method": config.method,
-        "seed": config.seed,
-        "prompt": prompt,
-        "message": message,
-    }
-    if result.delta is not None:
-        details = {
-            "facts": fact_rows(fact_list, hashed=hash_facts),
-            "report": report,
-            "config": to_json(config),
-            "versions": versions(),
-        }
-        commit = store.commit(result.delta, message, details, after=learned_on)
-        num_bytes = store.objects.path(commit.object).stat().st_size
-        report.update(update=len(store), commit=commit.id, delta_bytes=num_bytes, digest=commit.digest)
-    elif out:
-        _save_baseline(result.model, tokenizer, Path(out))
+    session = Session(folder)
+    known = session.store.facts(session.head) if config.method == "memory" else []
+    replaced = check_contradictions(fact_list, known, replace=replace)
+    attempt = session.attempt(fact_list, probe_list, config, background=texts, prompt=prompt)
+    if config.method == "memory":
+        details = {"forgets": replaced} if replaced else {}
+        return session.commit(attempt, message, hash_facts=hash_facts, **details)
+    report = {**attempt.report, "message": message}
+    if out:
+        _save_baseline(attempt.result.model, session.tokenizer, Path(out))
         report["out"] = str(out)
     return report
 
@@ -167,81 +140,3 @@ def evaluate_folder(
         "seed": None,
         "prompt": prompt,
     }
-
-
-def resolve_probes(specs: Sequence[str] | None) -> list[Probe]:
-    """Load probes by their specs, or the built-in one if none were given."""
-    if specs is not None:
-        return load_probes(specs)
-    return [load_probe(BUILT_IN_PROBE, built_in_probe())]
-
-
-def built_in_probe() -> str:
-    """Path of the built-in questions."""
-    return str(files("sparsemem.evaluation") / f"{BUILT_IN_PROBE}.jsonl")
-
-
-def num_base_values(model: nn.Module) -> int:
-    """Count the weights of the model under the memory."""
-    memory = {id(p) for layer in memory_layers(model) for p in layer.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in memory)
-
-
-def metrics(before: Evaluation, after: Evaluation, result: FinetuneResult, num_base: int) -> dict[str, Any]:
-    """Say what an update learned, what it forgot and how much it changed, as plain JSON values.
-
-    Args:
-        before: Scores before the update.
-        after: Scores after it.
-        result: What the training did.
-        num_base: Weights of the base model.
-    """
-    return {
-        **compare(before, after),
-        "num_slots_trained": result.delta.num_slots_trained if result.delta else 0,
-        "num_trained": result.num_trained,
-        "changed_fraction": result.num_trained / num_base,
-        # Of a baseline: its trained weights in float32. A committed delta's is its file's size.
-        "delta_bytes": 4 * result.num_trained,
-        "final_loss": result.losses[-1],
-    }
-
-
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    usage: Usage | None,
-    config: FinetuneConfig,
-    background: Sequence[str] = (),
-    evaluate: Callable[[nn.Module], Any] | None = None,
-) -> FinetuneResult:
-    """Run `finetune` behind a progress bar."""
-    with console.progress(f"learn {len(facts)} facts") as step:
-        return finetune(
-            model,
-            tokenizer,
-            facts,
-            usage,
-            config,
-            background=background,
-            evaluate=evaluate,
-            on_step=lambda done, total, loss: step(done, total, f"loss {loss:.3f}"),
-        )
-
-
-def measure(
-    title: str,
-    model: nn.Module,
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    probes: Sequence[Probe],
-    prompt: PromptFormat,
-) -> Evaluation:
-    """Run `evaluate` behind a progress bar with that title."""
-    total = len(probes) + bool(facts)
-    with console.progress(title) as step:
-        done = iter(range(total + 1))
-        return evaluate(
-            model, tokenizer, facts, probes, prompt=prompt, on_part=lambda name: step(next(done), total, name)
-        )

@@ -35,7 +35,7 @@ from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.store.load import load
 from sparsemem.study.attach import attach_to_folder
-from sparsemem.study.learn import measure, metrics, num_base_values, train
+from sparsemem.study.measure import measure, metrics, num_base_values, train
 from sparsemem.study.provenance import peak_bytes, provenance
 from sparsemem.training.finetune import build_examples
 

@@ -48,7 +48,7 @@ Chosen = Mapping[int, Tensor]
 """Slots by the fact that chose them."""
 
 NOBODY, SHARED, EARLIER = -1, -2, -3
-"""Owner of a slot that no tied fact has chosen, of one that several train, and of one that had a row before."""
+"""Owner of a slot that no tied fact chose, of one that several train, and of one that had a row before."""
 
 
 class SparseMemory:
