@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -27,6 +27,11 @@ def say(text: str = "", style: str = "") -> None:
     """Write a line to stderr; `text` is printed as it is."""
     # Not folded at 80 columns where nobody looks: a line stays a line, a path stays whole.
     stderr.print(Text(text, style=style), soft_wrap=True)
+
+
+def say_parts(parts: Iterable[tuple[str, str]]) -> None:
+    """Write a text to stderr whose parts have a style each."""
+    stderr.print(Text.assemble(*parts), soft_wrap=True)
 
 
 def emit(text: str) -> None:

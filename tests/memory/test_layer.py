@@ -62,7 +62,7 @@ def test_reads_that_find_too_little_written_get_less_of_it(share, agreement):
     layer.pool = Pool(SLOTS, WIDTH)
     layer.pool.write(slot_ids[0, :1], torch.ones(1, WIDTH))
     weights[0, 0], weights[0, 1] = share * HEADS, (1 - share) * HEADS
-    torch.testing.assert_close(layer._agreement(slot_ids, weights), torch.tensor([[agreement]]))
+    torch.testing.assert_close(layer.agreement(slot_ids, weights), torch.tensor([[agreement]]))
 
 
 def test_all_heads_have_to_agree_and_the_whole_answer_is_scaled():

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 
 import pytest
@@ -352,3 +353,21 @@ def test_slot_outside_the_pool_is_named_and_nothing_changes(action, slot_id):
         pool.write(slot_ids, random_rows(2)) if action == "write" else getattr(pool, action)(slot_ids)
     assert pool.active is None
     assert pool.row_slot_ids.tolist() == [2]
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_rows_can_be_others_for_a_while_and_are_the_very_same_afterwards(with_base):
+    pool = make_pool(with_base)
+    pool.write(torch.tensor([2, 5, 7]), random_rows(3, seed=3))
+    tensors = pool.rows, pool.row_slot_ids, pool.slot_to_row
+    before = [tensor.clone() for tensor in tensors]
+    rows = torch.stack([pool._base_rows(EVERY)[5], random_rows(1)[0]])
+    with contextlib.suppress(KeyError), pool.overwritten(torch.tensor([5, 9]), rows):
+        assert pool.row_slot_ids.tolist() == [2, 7, 9]
+        assert same_bits(pool.current(torch.tensor([9])), random_rows(1))
+        raise KeyError
+    assert all(
+        now is then
+        for now, then in zip((pool.rows, pool.row_slot_ids, pool.slot_to_row), tensors, strict=True)
+    )
+    assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))

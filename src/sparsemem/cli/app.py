@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import sparsemem
 from sparsemem import console
-from sparsemem.cli import compare, demo, history, learn, model, stream
+from sparsemem.cli import compare, demo, explain, history, learn, model, plan, stream
 
 COMMANDS = (
     model.add_attach,
@@ -15,6 +15,8 @@ COMMANDS = (
     model.add_evaluate,
     stream.add_stream,
     history.add_history,
+    explain.add_explain,
+    plan.add_plan,
     compare.add_compare,
     demo.add_demo,
 )

@@ -118,15 +118,25 @@ class MemoryLayer(nn.Module):
             reads = self.num_heads * self.top_k
             slot_ids_TR, weights_TR = slot_ids.view(-1, reads), weights.reshape(-1, reads)
             if self.quorum:
-                weights_TR = weights_TR * self._agreement(slot_ids_TR, weights_TR)
+                weights_TR = weights_TR * self.agreement(slot_ids_TR, weights_TR)
             y_TV = self.pool.read(slot_ids_TR, weights_TR) * self.value_scale
             if self.gate is not None and self.out is not None:
                 hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
                 y_TV = self.out(y_TV * silu(self.gate(hidden_TD)))
         return y_TV.view(hidden.shape).to(hidden.dtype)
 
-    def _agreement(self, slot_ids_TR: Tensor, weights_TR: Tensor) -> Tensor:
-        """Say how much each token's reads agree that there is something to say; shape (tokens, 1)."""
+    def agreement(self, slot_ids_TR: Tensor, weights_TR: Tensor) -> Tensor:
+        """Say how much each token's reads agree that there is something to say.
+
+        Args:
+            slot_ids_TR: Slots read, shape (tokens, heads * top_k).
+            weights_TR: Weight of each read, same shape; those of a head sum to 1.
+
+        Returns:
+            Shape (tokens, 1), 0 to 1; 1 everywhere without a quorum.
+        """
+        if not self.quorum:
+            return weights_TR.new_ones(len(weights_TR), 1)
         found_TR = weights_TR * self.pool.holds(slot_ids_TR)
         share_T1 = found_TR.sum(dim=1, keepdim=True) / self.num_heads
         return (share_T1 / self.quorum).clamp(max=1) ** 3

@@ -7,7 +7,8 @@ overlay of rows that were ever written, and in the base table that never is (zer
 int32 per slot says where: -1 base, r >= 0 overlay row r, r <= -2 active row -2 - r.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -150,6 +151,20 @@ class Pool(nn.Module):
         reset = (values.view(torch.int32) == base.view(torch.int32)).all(dim=1)
         if reset.any():
             self._keep(~torch.isin(self.row_slot_ids, slot_ids[reset]))
+
+    @contextlib.contextmanager
+    def overwritten(self, slot_ids: Tensor, values: Tensor) -> Iterator[None]:
+        """Within this context some slots hold other rows; arguments as in `write`.
+
+        Afterwards every tensor of the pool is the very one it was, so nothing needs to be undone.
+        """
+        before = self.rows, self.row_slot_ids, self.slot_to_row
+        self.rows, self.row_slot_ids, self.slot_to_row = (tensor.clone() for tensor in before)
+        try:
+            self.write(slot_ids, values)
+            yield
+        finally:
+            self.rows, self.row_slot_ids, self.slot_to_row = before
 
     @torch.no_grad()
     def activate(self, slot_ids: Tensor) -> nn.Parameter:
