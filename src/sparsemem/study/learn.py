@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsemem import console
+from sparsemem import console, distributed
 from sparsemem.config import FinetuneConfig, to_json
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
@@ -18,7 +18,7 @@ from sparsemem.evaluation.probes import Probe, load_probe, load_probes
 from sparsemem.files import check_new, new_folder
 from sparsemem.memory.attach import detach_memory, memory_layers, pools
 from sparsemem.memory.checkpoint import local_folder, read_header
-from sparsemem.memory.delta import distinct
+from sparsemem.memory.delta import SparseDelta, distinct
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.store.commits import fact_rows
@@ -74,8 +74,8 @@ def learn(
     usage = load_usage(folder / USAGE_FILE)
     with console.progress(f"load {folder}"):
         store = DeltaStore(folder)
-        learned_on = store.head()
-        model, tokenizer = load(folder)
+        learned_on = distributed.from_main(store.head)
+        model, tokenizer = distributed.main_first(lambda: load(folder))
         usage.check(model)
         num_base = num_base_values(model)
     before = measure("measure before", model, tokenizer, fact_list, probe_list, prompt)
@@ -92,17 +92,16 @@ def learn(
         "message": message,
     }
     if result.delta is not None:
+        delta = result.delta
         details = {
             "facts": fact_rows(fact_list, hashed=hash_facts),
             "report": report,
             "config": to_json(config),
             "versions": versions(),
         }
-        commit = store.commit(result.delta, message, details, after=learned_on)
-        num_bytes = store.objects.path(commit.object).stat().st_size
-        report.update(update=len(store), commit=commit.id, delta_bytes=num_bytes, digest=commit.digest)
+        report |= distributed.from_main(lambda: _commit(store, delta, message, details, learned_on))
     elif out:
-        _save_baseline(result.model, tokenizer, Path(out))
+        distributed.from_main(lambda: _save_baseline(result.model, tokenizer, Path(out)))
         report["out"] = str(out)
     return report
 
@@ -121,6 +120,14 @@ def _check_options(
             raise OutputError(f"{folder} is not writable, nothing could be committed; change its rights")
     elif out:
         check_new(Path(out))
+
+
+def _commit(
+    store: DeltaStore, delta: SparseDelta, message: str, details: dict[str, Any], learned_on: str | None
+) -> dict[str, Any]:
+    commit = store.commit(delta, message, details, after=learned_on)
+    num_bytes = store.objects.path(commit.object).stat().st_size
+    return {"update": len(store), "commit": commit.id, "delta_bytes": num_bytes, "digest": commit.digest}
 
 
 def _save_baseline(model: Any, tokenizer: Any, out: Path) -> None:
@@ -238,10 +245,17 @@ def measure(
     probes: Sequence[Probe],
     prompt: PromptFormat,
 ) -> Evaluation:
-    """Run `evaluate` behind a progress bar with that title."""
+    """Run `evaluate` behind a progress bar with that title; of several processes in the main one."""
     total = len(probes) + bool(facts)
     with console.progress(title) as step:
         done = iter(range(total + 1))
-        return evaluate(
-            model, tokenizer, facts, probes, prompt=prompt, on_part=lambda name: step(next(done), total, name)
+        return distributed.from_main(
+            lambda: evaluate(
+                model,
+                tokenizer,
+                facts,
+                probes,
+                prompt=prompt,
+                on_part=lambda name: step(next(done), total, name),
+            )
         )
