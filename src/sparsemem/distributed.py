@@ -54,10 +54,10 @@ def processes() -> Iterator[None]:
     Raises:
         SystemExit: Another process failed before this one.
     """
-    backend = "cpu:gloo"
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend += ",cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl"
     store, number, size = next(rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
     try:
