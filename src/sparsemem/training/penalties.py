@@ -171,7 +171,8 @@ class KlToBase:
         # In a context of its own: weights cast without gradients must not be reused with them.
         with self.autocast:
             found = _log_probs(self.model, batch)
-        loss = self.weight * kl_div(found, expected, reduction="sum", log_target=True) / num_tokens
+        divergence = kl_div(found, expected, reduction="sum", log_target=True) / num_tokens
+        loss = self.weight * divergence
         loss.backward()
         return loss.item()
 
