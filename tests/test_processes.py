@@ -20,7 +20,7 @@ from sparsemem.files import write_jsonl
 from sparsemem.memory.attach import attach_memory
 from sparsemem.memory.checkpoint import save
 from sparsemem.slots.usage import USAGE_FILE, count_usage, save_usage
-from sparsemem.store.deltas import DeltaStore
+from sparsemem.store.history import DeltaStore
 from sparsemem.training.finetune import finetune
 
 # No prompt formats: their five examples are four fifths of the time and change nothing here.
@@ -156,8 +156,8 @@ def printed(inputs, rank, stream):
 def test_the_main_process_talks_and_commits_and_the_one_that_failed_says_why(together, launched, inputs):
     report = json.loads(printed(inputs, 0, "stdout"))
     assert printed(inputs, 1, "stdout") == ""
-    (update,) = DeltaStore(inputs / "memory").updates()
-    assert (report["update"], report["digest"]) == (update.number, update.digest)
+    (commit,) = DeltaStore(inputs / "memory").log()
+    assert (report["update"], report["commit"]) == (1, commit.id)
     assert "measure after" in printed(inputs, 0, "stderr")
     assert "error" not in printed(inputs, 0, "stderr")
     assert printed(inputs, 1, "stderr") == "error: found by one process\n"
