@@ -32,7 +32,7 @@ def pytest_collection_finish(session):
         torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def texts():
     return background_texts()
 
@@ -58,8 +58,7 @@ def tiny_tokenizer():
     )
 
 
-@pytest.fixture
-def tiny_model():
+def random_model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -76,6 +75,17 @@ def tiny_model():
         bos_token_id=None,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_model():
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model():
+    """For what several tests share."""
+    return random_model
 
 
 @pytest.fixture

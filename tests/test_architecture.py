@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "sparsemem"
 
 LAYERS = (
-    {"errors", "config", "console", "data", "encode", "files", "likelihood", "prompts"},
+    {"errors", "config", "console", "data", "distributed", "encode", "files", "likelihood", "prompts"},
     {"memory"},
     {"slots"},
     {"training", "evaluation", "store"},

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -20,7 +21,8 @@ class Step(Protocol):
         """Show `done` of `total`, and a note behind it."""
 
 
-stderr = Console(stderr=True, highlight=False)
+# Of several processes the main one talks; its number is in the environment, so no torch is needed here.
+stderr = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def say(text: str = "", style: str = "") -> None:
@@ -36,7 +38,8 @@ def say_parts(parts: Iterable[tuple[str, str]]) -> None:
 
 def emit(text: str) -> None:
     """Write data to stdout."""
-    print(text, flush=True)  # noqa: T201 - stdout is data
+    if not stderr.quiet:
+        print(text, flush=True)  # noqa: T201 - stdout is data
 
 
 def emit_json(value: Any) -> None:
@@ -92,6 +95,7 @@ def exit_code(run: Callable[[], int | None]) -> int:
     try:
         return run() or 0
     except SparsememError as error:
+        stderr.quiet = False  # whichever process it is
         say(f"error: {error}", style="red")
         return error.exit_code
     except KeyboardInterrupt:

@@ -74,6 +74,12 @@ class TrainingDivergedError(SparsememError, ArithmeticError):
     exit_code = 1
 
 
+class ProcessError(SparsememError, RuntimeError):
+    """Another of the processes that learn together ended."""
+
+    exit_code = 1
+
+
 class RunFailedError(SparsememError, RuntimeError):
     """A run of several failed; the results of the others are there."""
 

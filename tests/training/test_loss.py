@@ -47,7 +47,7 @@ def observed(model, locality=1.0, examples=EXAMPLES):
 
 def test_what_is_compared_begins_at_the_subject_and_predicts_no_label(taught):
     part = collate(EXAMPLES)
-    drawn = observed(taught).draw(part)
+    drawn = observed(taught).draw(part.examples)
     assert drawn == [[1, 3, 4], [2]]
     labelled = before_labels(part.labels)
     assert not any(labelled[row, positions].any() for row, positions in enumerate(drawn))
@@ -56,7 +56,7 @@ def test_what_is_compared_begins_at_the_subject_and_predicts_no_label(taught):
 def test_no_more_positions_are_compared_than_the_limit_and_others_each_time(taught):
     long = collate([example(range(100, 150))])
     loss = observed(taught, examples=long.examples)
-    draws = [loss.draw(long)[0] for _ in range(100)]
+    draws = [loss.draw(long.examples)[0] for _ in range(100)]
     assert {len(drawn) for drawn in draws} == {loss_module.POSITIONS_PER_STEP}
     assert len({position for drawn in draws for position in drawn}) == loss_module.POSITIONS_KEPT
 
@@ -64,14 +64,14 @@ def test_no_more_positions_are_compared_than_the_limit_and_others_each_time(taug
 def test_without_locality_it_is_the_likelihood_of_the_labels_alone(taught):
     part = collate(EXAMPLES)
     loss = observed(taught, locality=0.0)
-    nll, drift = loss.of_part(taught, part, loss.draw(part))
+    nll, drift = loss.of_part(taught, part, loss.draw(part.examples))
     torch.testing.assert_close(nll, -label_log_probs(taught, *part.model_inputs).sum())
     assert drift == 0
 
 
 def test_nothing_has_drifted_before_anything_is_learned(taught):
     part, loss = collate(EXAMPLES), observed(taught)
-    nll, drift = loss.of_part(taught, part, loss.draw(part))
+    nll, drift = loss.of_part(taught, part, loss.draw(part.examples))
     torch.testing.assert_close(nll, -label_log_probs(taught, *part.model_inputs).sum())
     assert abs(drift.item()) < 1e-5
 
@@ -81,7 +81,7 @@ def test_drift_is_the_divergence_where_all_tokens_are_remembered(taught, monkeyp
     part = collate(EXAMPLES)
     with without_rows(taught) as before:
         loss = observed(before, locality=3.0)
-        positions = loss.draw(part)
+        positions = loss.draw(part.examples)
     _, drift = loss.of_part(taught, part, positions)
     with without_rows(taught) as before:
         expected = log_probs_of(before, part, positions)
@@ -97,7 +97,7 @@ def test_drift_over_few_tokens_is_less_than_over_all(taught, monkeypatch):
         monkeypatch.setattr(loss_module, "TOP_TOKENS", top)
         with without_rows(taught) as before:
             loss = observed(before)
-        drifts.append(loss.of_part(taught, part, loss.draw(part))[1].item())
+        drifts.append(loss.of_part(taught, part, loss.draw(part.examples))[1].item())
     assert drifts == sorted(drifts)
     assert drifts[0] > 0
 
@@ -151,7 +151,7 @@ def test_locality_keeps_what_a_wording_predicts_beside_the_answer(attached, tiny
         of_run = dataclasses.replace(config, penalty="local_kl", penalty_weight=weight, num_epochs=10)
         reference = observed(attached, examples=examples)
         delta = finetune(attached, tiny_tokenizer, facts, usage, of_run).delta
-        drifts.append(reference.of_part(attached, part, reference.draw(part))[1].item())
+        drifts.append(reference.of_part(attached, part, reference.draw(part.examples))[1].item())
         delta.invert().apply(pools(attached))
     assert drifts[0] > drifts[1] > drifts[2]
 
@@ -176,7 +176,7 @@ def test_other_methods_can_be_held_in_place_too(attached, tiny_tokenizer, config
         of_run = dataclasses.replace(config, method=method, **options)
         trained = finetune(model, tiny_tokenizer, facts, None, of_run).model
         assert not trained.training
-        drifts.append(reference.of_part(trained, part, reference.draw(part))[1].item())
+        drifts.append(reference.of_part(trained, part, reference.draw(part.examples))[1].item())
     assert drifts[0] > drifts[1]
 
 
@@ -186,10 +186,10 @@ def test_in_a_stream_what_is_held_includes_what_was_just_learned(
     seen = []
     observe = FactLoss.observe
 
-    def spy(loss, model, examples, forward):
+    def spy(loss, model, examples, forward, own):
         pool = pools(model)["layer_1"]
         seen.append((len(pool.written()[0]), len(loss._before)))
-        observe(loss, model, examples, forward)
+        observe(loss, model, examples, forward, own)
 
     monkeypatch.setattr(FactLoss, "observe", spy)
     config = dataclasses.replace(config, stream=True, facts_per_batch=1)

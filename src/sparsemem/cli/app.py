@@ -1,12 +1,14 @@
 """Parse the command line, run one command, turn errors into exit codes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import sparsemem
 from sparsemem import console
 from sparsemem.cli import compare, demo, explain, history, learn, model, plan, stream
+from sparsemem.errors import ConfigError
 
 COMMANDS = (
     model.add_attach,
@@ -20,6 +22,10 @@ COMMANDS = (
     compare.add_compare,
     demo.add_demo,
 )
+
+
+IN_SEVERAL_PROCESSES = (model.attach, learn.learn)
+"""What torchrun and `accelerate launch` speed up."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for a user's mistake, 1 for a run that failed, 130 after Ctrl-C.
     """
     args = build_parser().parse_args(argv)
-    return console.exit_code(lambda: args.run(args))
+    return console.exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Run a command, together with the other processes if a launcher started several.
+
+    Raises:
+        ConfigError: The command is for one process.
+    """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes == 1:
+        return args.run(args)  # type: ignore[no-any-return]
+    from sparsemem.distributed import processes
+
+    with processes():
+        if args.run not in IN_SEVERAL_PROCESSES:
+            raise ConfigError(f"this command is for one process, not {num_processes}; leave out the launcher")
+        return args.run(args)  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -75,13 +75,14 @@ def learn(args: argparse.Namespace) -> None:
 def _undo(args: argparse.Namespace) -> None:
     if args.facts:
         raise ConfigError("--undo takes no FACTS; leave them out")
+    from sparsemem import distributed
     from sparsemem.memory.checkpoint import read_header
     from sparsemem.store.history import DeltaStore
 
     store = DeltaStore(args.folder)
     read_header(store.folder)
     number = len(store)
-    commit, delta = store.undo()
+    commit, delta = distributed.from_main(store.undo)
     if args.json:
         undone = {"number": number, "commit": commit.id, "digest": commit.digest, "message": commit.message}
         console.emit_json({"undone": undone, "num_slots": delta.num_slots_trained, "num_updates": len(store)})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsemem import distributed
 from sparsemem.encode import token_batches
 from sparsemem.errors import CheckpointError, DataError, PoolMismatchError
 from sparsemem.files import read_tensors, write_tensors
@@ -97,7 +98,8 @@ def count_usage(
     """Count how often background text reads each slot.
 
     Lin et al. 2025 (arXiv:2510.15103) count over 1,000 random pretraining batches. Here a document
-    is one text of at most `max_length` tokens.
+    is one text of at most `max_length` tokens. Of several processes each counts a share of the batches and
+    all get the sum; a batch stays what it is in one process, so the sum is the same to the last read.
 
     Args:
         model: A model with a memory, keys fitted.
@@ -113,30 +115,17 @@ def count_usage(
         DataError: There is no text.
     """
     documents = background_documents(texts, tokenizer) if prompt_formats else texts
-    num_slots = {name: pool.num_slots for name, pool in pools(model).items()}
-    reads = {name: torch.zeros(size, dtype=torch.int64) for name, size in num_slots.items()}
-    frequency = {name: torch.zeros(size, dtype=torch.int64) for name, size in num_slots.items()}
+    reads = {name: torch.zeros(pool.num_slots, dtype=torch.int64) for name, pool in pools(model).items()}
+    frequency = {name: torch.zeros_like(zeros) for name, zeros in reads.items()}
     token_frequency = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.int64)
     counted = num_tokens = 0
     device = next(model.parameters()).device
-    for batch in token_batches(tokenizer, documents, max_length=max_length, device=device):
+    for turn, batch in enumerate(token_batches(tokenizer, documents, max_length=max_length, device=device)):
         batch = {key: value[: num_documents - counted] for key, value in batch.items()}
         mask = batch["attention_mask"].bool()
         rows = torch.arange(len(mask), device=device).unsqueeze(1).expand_as(mask)[mask]
-        seen: dict[str, list[Tensor]] = {name: [] for name in reads}
-
-        def keep(layer: MemoryLayer, current: Reads) -> None:
-            real = current.slot_ids[mask].flatten(1)  # noqa: B023 - called within this turn of the loop
-            keyed = real + rows.unsqueeze(1) * layer.pool.num_slots  # noqa: B023
-            seen[layer.pool_name].append(keyed.flatten())  # noqa: B023
-
-        observe_reads(model, keep, **batch)
-        for name, parts in seen.items():
-            # Document number and slot in one integer, so that one sort counts both statistics.
-            keyed, times = torch.cat(parts).cpu().unique(return_counts=True)
-            slot_ids = keyed % num_slots[name]
-            reads[name].index_add_(0, slot_ids, times)
-            frequency[name].index_add_(0, slot_ids, torch.ones_like(times))
+        if turn % distributed.world_size() == distributed.rank():
+            _count_reads(model, batch, mask, rows, reads, frequency)
         tokens = (rows * len(token_frequency) + batch["input_ids"][mask]).cpu().unique()
         token_frequency += torch.bincount(tokens % len(token_frequency), minlength=len(token_frequency))
         counted += len(mask)
@@ -147,13 +136,39 @@ def count_usage(
             break
     if not counted:
         raise DataError("the background has no text; give at least some hundred documents")
+    counts = {name: (distributed.summed(reads[name]), distributed.summed(frequency[name])) for name in reads}
     return Usage(
-        pools={name: PoolUsage.of_pool(reads[name], frequency[name], counted) for name in num_slots},
+        pools={name: PoolUsage.of_pool(*of_pool, counted) for name, of_pool in counts.items()},
         token_document_frequency=token_frequency,
         num_documents=counted,
         num_tokens=num_tokens,
         keys_digest=keys_digest(model),
     )
+
+
+def _count_reads(
+    model: Any,
+    batch: dict[str, Tensor],
+    mask: Tensor,
+    rows: Tensor,
+    reads: dict[str, Tensor],
+    frequency: dict[str, Tensor],
+) -> None:
+    """Add what a batch reads to the counts of each pool; `rows` is the document of each real token."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in reads}
+
+    def keep(layer: MemoryLayer, current: Reads) -> None:
+        real = current.slot_ids[mask].flatten(1)
+        # Document number and slot in one integer, so that one sort counts both statistics.
+        keyed = real + rows.unsqueeze(1) * layer.pool.num_slots
+        seen[layer.pool_name].append(keyed.flatten())
+
+    observe_reads(model, keep, **batch)
+    for name, parts in seen.items():
+        keyed, times = torch.cat(parts).cpu().unique(return_counts=True)
+        slot_ids = keyed % len(reads[name])
+        reads[name].index_add_(0, slot_ids, times)
+        frequency[name].index_add_(0, slot_ids, torch.ones_like(times))
 
 
 def keys_digest(model: nn.Module) -> str:

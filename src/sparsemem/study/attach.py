@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsemem import console
+from sparsemem import console, distributed
 from sparsemem.config import MemoryConfig
 from sparsemem.data import load_texts
 from sparsemem.files import check_new, new_folder
@@ -12,7 +12,7 @@ from sparsemem.memory.attach import attach_memory, memory_layers
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import save
 from sparsemem.memory.fit_keys import KeyFit, fit_keys
-from sparsemem.slots.usage import USAGE_FILE, count_usage, save_usage
+from sparsemem.slots.usage import USAGE_FILE, Usage, count_usage, save_usage
 
 
 def attach_to_folder(
@@ -48,19 +48,26 @@ def attach_to_folder(
     check_new(out)
     texts = [text for source in background for text in load_texts(source)]
     with console.progress(f"load {model_name}"):
-        model, tokenizer = load_base_model(model_name)
+        model, tokenizer = distributed.main_first(lambda: load_base_model(model_name))
         attach_memory(model, config)
     with console.progress(f"fit keys ({keys})") as step:
-        fit_keys(
-            model, tokenizer, texts, keys, num_tokens=num_tokens, prompt_formats=prompt_formats, on_step=step
-        )
+        if distributed.is_main():
+            fit_keys(
+                model,
+                tokenizer,
+                texts,
+                keys,
+                num_tokens=num_tokens,
+                prompt_formats=prompt_formats,
+                on_step=step,
+            )
+        for layer in memory_layers(model):
+            distributed.copy_from_main([*layer.parameters(), *layer.buffers()])
     with console.progress("count background usage") as step:
         usage = count_usage(
             model, tokenizer, texts, num_documents=num_documents, prompt_formats=prompt_formats, on_step=step
         )
-    with new_folder(out) as folder:
-        save(model, folder)
-        save_usage(usage, folder / USAGE_FILE)
+    distributed.from_main(lambda: _write(model, usage, out))
     return {
         "folder": str(out),
         "base_model": model_name,
@@ -69,3 +76,9 @@ def attach_to_folder(
         "num_documents": usage.num_documents,
         "num_tokens": usage.num_tokens,
     }
+
+
+def _write(model: Any, usage: Usage, out: Path) -> None:
+    with new_folder(out) as folder:
+        save(model, folder)
+        save_usage(usage, folder / USAGE_FILE)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsemem import console
+from sparsemem import console, distributed
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
@@ -75,7 +75,7 @@ def learn(
         return session.commit(attempt, message, hash_facts=hash_facts, **details)
     report = {**attempt.report, "message": message}
     if out:
-        _save_baseline(attempt.result.model, session.tokenizer, Path(out))
+        distributed.from_main(lambda: _save_baseline(attempt.result.model, session.tokenizer, Path(out)))
         report["out"] = str(out)
     return report
 

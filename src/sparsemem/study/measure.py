@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsemem import console
+from sparsemem import console, distributed
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
 from sparsemem.evaluation.evaluate import Evaluation, compare, evaluate
@@ -88,10 +88,17 @@ def measure(
     probes: Sequence[Probe],
     prompt: PromptFormat,
 ) -> Evaluation:
-    """Run `evaluate` behind a progress bar with that title."""
+    """Run `evaluate` behind a progress bar with that title; of several processes in the main one."""
     total = len(probes) + bool(facts)
     with console.progress(title) as step:
         done = iter(range(total + 1))
-        return evaluate(
-            model, tokenizer, facts, probes, prompt=prompt, on_part=lambda name: step(next(done), total, name)
+        return distributed.from_main(
+            lambda: evaluate(
+                model,
+                tokenizer,
+                facts,
+                probes,
+                prompt=prompt,
+                on_part=lambda name: step(next(done), total, name),
+            )
         )

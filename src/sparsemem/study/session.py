@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsemem import console
+from sparsemem import console, distributed
 from sparsemem.config import FinetuneConfig, to_json
 from sparsemem.data import Fact
 from sparsemem.evaluation.evaluate import Evaluation, recall
@@ -66,8 +66,8 @@ class Session:
         self.store = DeltaStore(self.folder)
         self.usage = load_usage(self.folder / USAGE_FILE)
         with console.progress(f"load {self.folder}"):
-            self.head = self.store.head()
-            self.model, self.tokenizer = load(self.folder)
+            self.head = distributed.from_main(self.store.head)
+            self.model, self.tokenizer = distributed.main_first(lambda: load(self.folder))
             self.usage.check(self.model)
             self.num_base = num_base_values(self.model)
         self._probes_now: dict[str, ProbeScore] = {}
@@ -133,15 +133,19 @@ class Session:
             "versions": versions(),
             **details,
         }
-        commit = self.store.commit(attempt.delta, message, kept, after=self.head)
-        self.head, self._probes_now = commit.id, attempt.after.probes
-        return {**report, **self._committed(commit)}
+
+        def write() -> dict[str, Any]:
+            return self._described(self.store.commit(attempt.delta, message, kept, after=self.head))
+
+        committed = distributed.from_main(write)
+        self.head, self._probes_now = committed["commit"], attempt.after.probes
+        return {**report, **committed}
 
     def take_back(self, attempt: Attempt) -> None:
         """Put the model back to what it was before an attempt."""
         attempt.delta.invert().apply(pools(self.model))
 
-    def _committed(self, commit: Commit) -> dict[str, Any]:
+    def _described(self, commit: Commit) -> dict[str, Any]:
         return {
             "update": len(self.store),
             "commit": commit.id,
@@ -151,6 +155,6 @@ class Session:
 
     def _ask_again(self, facts: Sequence[Fact], prompt: PromptFormat) -> tuple[float | None, ...]:
         with console.progress(f"ask {len(facts)} earlier facts"):
-            scores = recall(self.model, self.tokenizer, facts, prompt)
+            scores = distributed.from_main(lambda: recall(self.model, self.tokenizer, facts, prompt))
         seen = iter(scores.seen_scores)
         return tuple(next(seen) if fact.question else None for fact in facts)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsemem import distributed
 from sparsemem.data import Fact, occurrences
 from sparsemem.encode import pad
 from sparsemem.likelihood import IGNORE
@@ -24,9 +25,14 @@ class Example:
     is_subject: tuple[bool, ...]
 
     @property
+    def num_labels(self) -> int:
+        """Tokens that are learned."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+    @property
     def teaches(self) -> bool:
         """Whether there is something to learn; else it is there to be read and held."""
-        return any(label != IGNORE for label in self.labels[1:])
+        return self.num_labels > 0
 
     def after_subject(self) -> "Example":
         """Leave only the labels behind the first token of the subject; none, where it is not named."""
@@ -37,6 +43,16 @@ class Example:
 
 FactBatch = tuple[tuple[Example, ...], ...]
 """All wordings of each fact of a batch, and the texts that are held beside them."""
+
+
+def own_share(wordings: Sequence[Example]) -> list[Example]:
+    """List the texts of a fact that this process runs, of several that learn together.
+
+    Always the same ones, so that what is computed once is computed in one process.
+    """
+    # Equal ones go together: they are told apart by what they are, here and where they are kept.
+    own = {*distributed.share([*dict.fromkeys(wordings)], first=wordings[0].fact_index)}
+    return [example for example in wordings if example in own]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +133,21 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     )
 
 
+def by_length(examples: Iterable[Example]) -> list[Example]:
+    """Put examples in the order in which `collate_parts` takes them."""
+    return sorted(examples, key=lambda example: (len(example.input_ids), example.input_ids))
+
+
 def collate_parts(
     examples: Iterable[Example], num_parts: int, device: torch.device | str = "cpu"
 ) -> list[Batch]:
-    """Cut examples into at least `num_parts` batches of examples of like length.
+    """Cut examples into at least `num_parts` batches of examples of like length, or none into none.
 
     A part ends where padding it to the next example's length would make a quarter of it padding.
     """
-    ordered = sorted(examples, key=lambda example: (len(example.input_ids), example.input_ids))
+    ordered = by_length(examples)
+    if not ordered:
+        return []
     most = math.ceil(len(ordered) / num_parts)
     parts: list[list[Example]] = [[]]
     num_tokens = 0

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import SchedulerType, get_scheduler
 
+from sparsemem import distributed
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, PoolMismatchError, TrainingDivergedError
@@ -58,6 +59,9 @@ def finetune(
 ) -> FinetuneResult:
     """Train a model on facts, in place.
 
+    In several processes (torchrun, `accelerate launch`) each calls this with the same arguments; they share
+    the examples of each step, and all end with the same model.
+
     Args:
         model: A causal LM; with a memory for method="memory".
         tokenizer: Its (fast) tokenizer.
@@ -65,7 +69,8 @@ def finetune(
         usage: Background usage; needed for method="memory".
         config: Options.
         background: Ordinary text for `penalty` and `replay_fraction`.
-        evaluate: Called with the model after each epoch; of a stream, after each batch of facts.
+        evaluate: Called with the model after each epoch; of a stream, after each batch of facts. Of
+            several processes the main one calls it, and hands what it returns to the others.
         on_step: Called with (step, number of steps, mean loss) after each optimizer step.
 
     Returns:
@@ -83,7 +88,8 @@ def finetune(
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
     if config.num_own_paraphrases:
-        facts = with_own_paraphrases(model, tokenizer, facts, config.num_own_paraphrases)
+        num_own, given = config.num_own_paraphrases, facts
+        facts = distributed.from_main(lambda: with_own_paraphrases(model, tokenizer, given, num_own))
     by_fact = build_examples(facts, tokenizer, usage, config, rng)
     method = _method(model, usage, config)
     num_steps = math.ceil(len(by_fact) / config.facts_per_batch) * config.num_epochs
@@ -110,7 +116,7 @@ def finetune(
                     on_step(len(losses), num_steps, losses[-1])
             seconds += time.perf_counter() - started
             if evaluate:
-                evaluations.append((number, evaluate(method.model)))
+                evaluations.append((number, distributed.from_main(lambda: evaluate(method.model))))
         delta = method.finish()
     except BaseException:
         method.abort()

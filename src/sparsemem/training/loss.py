@@ -6,14 +6,14 @@ Shape letters: P positions, K most likely tokens, V vocabulary.
 import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsemem.likelihood import IGNORE, before_labels, log_probs_at, next_tokens
-from sparsemem.training.examples import Batch, Example, collate_parts
+from sparsemem.training.examples import Batch, Example, by_length, collate_parts
 
 POSITIONS_KEPT = 32
 """Positions of an example whose predictions are remembered; drawn, where a wording has more."""
@@ -25,7 +25,7 @@ EXAMPLES_PER_PASS = 32
 """Examples in one pass of `FactLoss.observe`."""
 
 Positions = list[list[int]]
-"""Positions of each example of a part, ascending."""
+"""Positions of each of some examples, ascending."""
 
 
 class FactLoss:
@@ -47,6 +47,7 @@ class FactLoss:
 
     def __init__(self, locality: float, rng: random.Random) -> None:
         self.locality, self.rng = locality, rng
+        self._positions: dict[Example, list[int]] = {}
         self._before: dict[Example, _Predictions] = {}
 
     @torch.no_grad()
@@ -55,6 +56,7 @@ class FactLoss:
         model: Any,
         examples: Iterable[Example],
         forward: Callable[[Batch], contextlib.AbstractContextManager[Any]],
+        own: Collection[Example] | None = None,
     ) -> None:
         """Remember what a model predicts now for examples not seen in the call before; forget all others.
 
@@ -62,33 +64,43 @@ class FactLoss:
             model: What is trained.
             examples: All that will be trained before the next call.
             forward: Context of a forward pass of a batch.
+            own: Examples that this process runs, if not all. Positions are drawn for the others too, so
+                that every process draws the same.
         """
         if not self.locality:
             return
         asked = dict.fromkeys(examples)
-        new = [example for example in asked if example not in self._before]
-        self._before = {example: self._before[example] for example in asked if example in self._before}
-        if not new:
-            return
+        new = by_length(example for example in asked if example not in self._positions)
+        self._positions = {e: places for e, places in self._positions.items() if e in asked}
+        self._positions |= {example: self._sample(_free(example), POSITIONS_KEPT) for example in new}
+        self._before = {e: before for e, before in self._before.items() if e in asked}
+        self._predict(model, [e for e in new if own is None or e in own], forward)
+
+    def _predict(
+        self,
+        model: Any,
+        new: Sequence[Example],
+        forward: Callable[[Batch], contextlib.AbstractContextManager[Any]],
+    ) -> None:
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
         for batch in collate_parts(new, -(-len(new) // EXAMPLES_PER_PASS), device):
-            positions = [self._sample(_free(example), POSITIONS_KEPT) for example in batch.examples]
+            positions = [self._positions[example] for example in batch.examples]
             with forward(batch):
                 log_probs_PV = log_probs_at(
                     model, batch.input_ids, batch.attention_mask, _marked(batch, positions)
                 )
             top = log_probs_PV.topk(min(TOP_TOKENS, log_probs_PV.shape[1]), dim=1)
             sizes = list(map(len, positions))
-            expected = zip(positions, top.values.split(sizes), top.indices.int().split(sizes), strict=True)
+            expected = zip(top.values.split(sizes), top.indices.int().split(sizes), strict=True)
             self._before.update(zip(batch.examples, itertools.starmap(_Predictions, expected), strict=True))
         model.train(was_training)
 
-    def draw(self, part: Batch) -> Positions:
-        """Draw the positions of a part, observed before, that are compared in this step."""
+    def draw(self, examples: Iterable[Example]) -> Positions:
+        """Draw the positions of examples, observed before, that are compared in this step."""
         if not self.locality:
-            return [[] for _ in part.examples]
-        kept = [self._before[example].positions for example in part.examples]
+            return [[] for _ in examples]
+        kept = [self._positions[example] for example in examples]
         return [self._sample(positions, POSITIONS_PER_STEP) for positions in kept]
 
     def of_part(self, model: Any, part: Batch, drawn: Positions) -> tuple[Tensor, Tensor]:
@@ -118,7 +130,7 @@ class FactLoss:
         expected, tokens = [], []
         for example, positions in zip(part.examples, drawn, strict=True):
             before = self._before[example]
-            rows = [before.positions.index(position) for position in positions]
+            rows = [self._positions[example].index(position) for position in positions]
             expected.append(before.log_probs[rows])
             tokens.append(before.tokens[rows])
         expected_PK = _with_rest(torch.cat(expected))
@@ -129,7 +141,6 @@ class FactLoss:
 class _Predictions(NamedTuple):
     """What a model predicted at some positions of an example; tensors have shape (positions, kept tokens)."""
 
-    positions: list[int]
     log_probs: Tensor
     tokens: Tensor
 

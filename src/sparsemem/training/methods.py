@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsemem import distributed
 from sparsemem.config import FinetuneConfig
 from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.memory.attach import before_read, memory_layers, observe_reads, pools, unwrapped
@@ -17,7 +18,7 @@ from sparsemem.memory.pool import IN_BASE
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Batch, Example, FactBatch, collate_parts
+from sparsemem.training.examples import Batch, Example, FactBatch, collate_parts, own_share
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import PrefixCache
 
@@ -96,12 +97,13 @@ class SparseMemory:
 
         Slots are chosen for all wordings and other texts of the batch's facts. Where one part holds them
         all that happens inside its forward pass. Where it does not, or a higher layer on the same pool
-        reads too, the reads are collected before, in a pass that ends at the memory.
+        or another process reads too, the reads are collected before, in a pass that ends at the memory.
         """
         chosen: set[str] = set()
         anchored = _facts_with_subject(batch)
-        if self.shares_pools or len(parts) > 1 or not _holds(parts[0], batch):
-            for name, of_batch in self._beforehand(batch, parts[0].input_ids.device).items():
+        several = distributed.world_size() > 1 or len(parts) > 1
+        if self.shares_pools or several or not _holds(parts[0], batch):
+            for name, of_batch in self._beforehand(batch).items():
                 self._activate(name, of_batch, anchored)
                 chosen.add(name)
 
@@ -162,22 +164,23 @@ class SparseMemory:
             weights = torch.ones_like(weights)
         return slot_ids.flatten(), weights.flatten(), facts.repeat_interleave(slot_ids.shape[1])
 
-    def _beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Chosen]:
+    def _beforehand(self, batch: FactBatch) -> dict[str, Chosen]:
         """Choose slots before the forward pass; once per fact where its reads never change."""
         if not self.reads_are_fixed:
-            return self._select_beforehand(batch, device)
+            return self._select_beforehand(batch)
         for wordings in batch:
             if wordings not in self.selections:
-                self.selections[wordings] = self._select_beforehand((wordings,), device)
+                self.selections[wordings] = self._select_beforehand((wordings,))
         chosen = [self.selections[wordings] for wordings in batch]
         return {name: {k: v for of_fact in chosen for k, v in of_fact[name].items()} for name in self.pools}
 
-    def _select_beforehand(self, batch: FactBatch, device: torch.device) -> dict[str, Chosen]:
+    def _select_beforehand(self, batch: FactBatch) -> dict[str, Chosen]:
         for pool in self.pools.values():
             pool.deactivate()
         anchored = _facts_with_subject(batch)
         countable: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.pools}
-        for part in collate_parts(itertools.chain(*batch), 1, device):
+        device = next(self.model.parameters()).device
+        for part in collate_parts(itertools.chain(*map(own_share, batch)), 1, device):
 
             def collect(layer: MemoryLayer, reads: Reads, part: Batch = part) -> None:
                 countable[layer.pool_name].append(self._countable(part, reads, anchored))
@@ -189,7 +192,7 @@ class SparseMemory:
         return {name: self._select(name, collected) for name, collected in countable.items()}
 
     def _select(self, name: str, collected: Sequence[tuple[Tensor, ...]]) -> Chosen:
-        slot_ids, weights, facts = (torch.cat(tensors) for tensors in zip(*collected, strict=True))
+        slot_ids, weights, facts = self._of_all_processes(name, collected)
         return select_slots(
             slot_ids,
             weights,
@@ -199,6 +202,19 @@ class SparseMemory:
             self.config.top_t,
             self.config.max_document_frequency,
         )
+
+    def _of_all_processes(self, name: str, collected: Sequence[tuple[Tensor, ...]]) -> Sequence[Tensor]:
+        """Put reads behind one another; those of several processes summed before, by fact and slot."""
+        if distributed.world_size() == 1:
+            return [torch.cat(tensors) for tensors in zip(*collected, strict=True)]
+        device = self.pools[name].slot_to_row.device
+        kinds = (torch.int64, torch.float32, torch.int64)
+        nothing = [torch.zeros(0, dtype=kind, device=device) for kind in kinds]
+        slot_ids, weights, facts = (torch.cat(tensors) for tensors in zip(nothing, *collected, strict=True))
+        fact_and_slot, place = torch.stack([facts, slot_ids]).unique(dim=1, return_inverse=True)
+        weights = weights.new_zeros(fact_and_slot.shape[1]).index_add_(0, place, weights)
+        facts, slot_ids = (distributed.gathered(ids.int()).long() for ids in fact_and_slot)
+        return slot_ids, distributed.gathered(weights), facts
 
     def _activate(self, name: str, chosen: Chosen, anchored: Collection[int]) -> None:
         pool = self.pools[name]
@@ -259,6 +275,7 @@ class DenseWeights:
         self.optimizer: torch.optim.Optimizer = kinds[config.optimizer](
             self.trained, lr=config.lr, weight_decay=config.weight_decay, **options[config.optimizer]
         )
+        self.optimizer.register_step_pre_hook(lambda *_: _sum_gradients(self.trained))
 
     def step(self, batch: FactBatch, parts: Sequence[Batch]) -> contextlib.AbstractContextManager[None]:
         """Nothing to choose."""
@@ -281,6 +298,17 @@ class DenseWeights:
     def num_trainable(self, _delta: SparseDelta | None) -> int:
         """Numbers that could change."""
         return sum(parameter.numel() for parameter in self.trained)
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over processes, of which one may have had nothing to run."""
+    if distributed.world_size() == 1:
+        return
+    has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters]).int()
+    for parameter, number in zip(parameters, distributed.summed(has_gradient).tolist(), strict=True):
+        if number:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = distributed.summed(own)
 
 
 def _facts_with_subject(batch: FactBatch) -> set[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsemem import distributed
 from sparsemem.errors import ConfigError
 from sparsemem.memory.pool import Pool
 
@@ -67,15 +68,22 @@ class SlotOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Step the active rows that have a gradient."""
+        """Step the active rows that have a gradient; of several processes by the sum of theirs.
+
+        They exchange one row for each active row, but one for all that are tied to each other.
+        """
         for name, pool in self.pools.items():
-            if pool.active is None or pool.active.grad is None or pool.active_ids is None:
+            if pool.active is None or pool.active_ids is None:
                 continue
+            grad = pool.active.grad
+            if grad is None and distributed.world_size() == 1:
+                continue
+            if grad is None:  # this process had nothing to run
+                grad = torch.zeros_like(pool.active)
             tables, slot_ids = self.slot_state[name], pool.active_ids
             state = _State(tables, slot_ids)
-            grad = pool.active.grad
-            if name in self.ties:
-                grad = _summed(grad, self.ties[name])
+            ties = self.ties.get(name)
+            grad = distributed.summed(grad) if ties is None else _summed(grad, ties)
             self.update(pool.active, grad, state, self.param_groups[0])
             state.save()
 
@@ -128,10 +136,10 @@ class _State:
 
 
 def _summed(grad_AV: Tensor, ties_A: Tensor) -> Tensor:
-    """Give each row the sum of the gradients of the rows that are tied to it, and of its own."""
+    """Give each row the sum of the gradients of the rows tied to it and of its own, in all processes."""
     numbers, place_A = ties_A.unique(return_inverse=True)
     sums = grad_AV.new_zeros(len(numbers), grad_AV.shape[1]).index_add_(0, place_A, grad_AV)
-    return sums[place_A]
+    return distributed.summed(sums)[place_A]
 
 
 def _adamw(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:

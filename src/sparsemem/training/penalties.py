@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from sparsemem import distributed
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError
@@ -32,7 +33,10 @@ DOCUMENTS_PER_PART = 8
 
 
 class Guard(Protocol):
-    """Protects what the model knew at the start of training."""
+    """Protects what the model knew at the start of training.
+
+    In several processes the gradients and losses of all of them are summed, so each adds a share.
+    """
 
     def add_gradients(self, num_sequences: int) -> float:
         """Add to the gradients of a step, between its backward passes and `optimizer.step()`.
@@ -115,7 +119,9 @@ class Ewc:
 
     @torch.no_grad()
     def add_gradients(self, num_sequences: int) -> float:
-        """Add the pull, in closed form."""
+        """Add the pull, in closed form; of several processes the main one does."""
+        if not distributed.is_main():
+            return 0.0
         loss = 0.0
         for parameter, start, fisher in zip(self.parameters, self.start, self.fisher, strict=True):
             moved = parameter - start
@@ -154,13 +160,19 @@ class KlToBase:
 
     def add_gradients(self, num_sequences: int) -> float:
         """Add the gradient on the next documents."""
-        batch = collate(self.background.draw(KL_DOCUMENTS), _device(self.model))
+        documents = self.background.draw(KL_DOCUMENTS)
+        num_tokens = sum(len(document.input_ids) for document in documents)
+        own = distributed.share(documents)
+        if not own:
+            return 0.0
+        batch = collate(own, _device(self.model))
         with torch.no_grad(), self.autocast:
             expected = _log_probs(self.base, batch)
         # In a context of its own: weights cast without gradients must not be reused with them.
         with self.autocast:
             found = _log_probs(self.model, batch)
-        loss = self.weight * kl_div(found, expected, reduction="batchmean", log_target=True)
+        divergence = kl_div(found, expected, reduction="sum", log_target=True) / num_tokens
+        loss = self.weight * divergence
         loss.backward()
         return loss.item()
 
@@ -192,9 +204,10 @@ class Replay:
         """Add the gradient on the next fraction / (1 - fraction) * num_sequences documents."""
         num_documents = max(1, round(self.fraction / (1 - self.fraction) * num_sequences))
         documents = self.background.draw(num_documents)
-        starts = range(0, num_documents, DOCUMENTS_PER_PART)
-        parts = [collate(documents[i : i + DOCUMENTS_PER_PART], _device(self.model)) for i in starts]
-        scale = self.fraction / sum(part.num_labels for part in parts)
+        scale = self.fraction / sum(document.num_labels for document in documents)
+        own = distributed.share(documents)
+        starts = range(0, len(own), DOCUMENTS_PER_PART)
+        parts = [collate(own[i : i + DOCUMENTS_PER_PART], _device(self.model)) for i in starts]
         total = 0.0
         for part in parts:
             with self.autocast:

@@ -7,8 +7,9 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sparsemem import distributed
 from sparsemem.config import FinetuneConfig
-from sparsemem.training.examples import Batch, Example, FactBatch, collate_parts
+from sparsemem.training.examples import Batch, Example, FactBatch, by_length, collate_parts, own_share
 from sparsemem.training.loss import FactLoss
 from sparsemem.training.methods import DenseWeights, SparseMemory
 from sparsemem.training.penalties import build_guards
@@ -40,33 +41,43 @@ class GradientStep:
         self.precision = MixedPrecision(method.model, config.mixed_precision)
         locality = config.strength if config.is_local else 0.0
         self.loss = FactLoss(locality, random.Random(config.seed))
+        self.own: set[Example] = set()  # what this process runs, of several that learn together
 
     def observe(self, batches: Sequence[FactBatch]) -> None:
         """Remember what all wordings of some batches predict, before they are trained."""
-        examples = itertools.chain(*itertools.chain(*batches))
-        self.loss.observe(self.method.model, examples, self._forward)
+        facts = [*itertools.chain(*batches)]
+        self.own = {example for wordings in facts for example in own_share(wordings)}
+        self.loss.observe(self.method.model, itertools.chain(*facts), self._forward, self.own)
 
     def add_gradients(self, batch: FactBatch) -> float:
         """Add the gradients of a batch, part by part; returns its mean loss per label.
 
-        Where what holds the model back is not finite, that is returned in its place.
+        Of several processes each adds those of the examples it runs; the loss is that of all. Where what
+        holds the model back is not finite, that is returned in its place.
         """
-        drawn = self._draw(batch)
-        parts = collate_parts(drawn, self.config.gradient_accumulation_steps, self.device)
-        compared = [self.loss.draw(part) for part in parts]
-        num_labels = sum(part.num_labels for part in parts)
-        num_compared = max(1, sum(map(len, itertools.chain(*compared))))
+        drawn = by_length(self._draw(batch))
+        compared = self.loss.draw(drawn)
+        num_labels = sum(example.num_labels for example in drawn)
+        num_compared = max(1, sum(map(len, compared)))
+        own = [
+            (example, places) for example, places in zip(drawn, compared, strict=True) if example in self.own
+        ]
+        num_parts = self.config.gradient_accumulation_steps
+        parts = collate_parts([example for example, _ in own], num_parts, self.device)
+        positions = iter(places for _, places in own)
         total = total_drift = 0.0
         with self.method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
-            for part, positions in zip(parts, compared, strict=True):
+            for part in parts:
+                compared = [*itertools.islice(positions, len(part.examples))]
                 with self.method.part(part), self.precision.step():
                     with self.precision.forward():
-                        nll, drift = self.loss.of_part(self.method.model, part, positions)
+                        nll, drift = self.loss.of_part(self.method.model, part, compared)
                     fact_loss = nll / num_labels
                     (self.guards.fact_weight * fact_loss + drift / num_compared).backward()
                 total += fact_loss.item()
                 total_drift += drift.item()
         held = total_drift + self.guards.add_gradients(len(drawn))
+        total, held = distributed.summed_numbers(total, held)
         return total if math.isfinite(held) else held
 
     @contextlib.contextmanager
