@@ -4,6 +4,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,7 +104,10 @@ class DeltaStore:
             newer.append(commit)
         else:
             self._cached = None, {}
-        parts = [as_stored(self._cached[1]), *(self.objects.read(c.object) for c in reversed(newer))]
+        # Reading and hashing leave the interpreter to others.
+        with ThreadPoolExecutor() as threads:
+            read = threads.map(self.objects.read, [commit.object for commit in reversed(newer)])
+            parts = [as_stored(self._cached[1]), *read]
         self._cached = commit_id, replay(parts)
         return self._cached[1]
 
