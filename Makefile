@@ -9,7 +9,7 @@ demo: .venv/demo  ## teach SmolLM2-135M 32 facts, show what it kept, undo it
 	$(BIN)/sparsemem demo
 
 test: .venv/dev  ## the default tests, about a minute
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -27,7 +27,7 @@ def test_facts_are_proposed_reviewed_approved_and_rejected(run, run_json, folder
     assert run_json("stream", folder, inputs / "facts.jsonl", "--propose", *QUICK)["proposed"] == 2
     waiting = run_json("review", folder)["facts"]
     assert {row["status"] for row in waiting} == {"pending"}
-    assert "Who owns Zed? Ana" in run("review", folder)[2]
+    assert "pending" in run("review", folder)[2]
     shas = [row["sha"] for row in waiting]
     assert run_json("reject", folder, shas[0][:6]) == {"rejected": [shas[0]]}
     assert run_json("approve", folder, "all", *QUICK)["learned"] == 1

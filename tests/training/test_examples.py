@@ -226,7 +226,7 @@ def test_no_other_questions_are_asked_where_nothing_holds_them(tiny_tokenizer, o
         (None, "Oslo", set()),
         (None, None, {text.split()[0] for text in OTHER_QUESTIONS}),
     ],
-    ids=str,
+    ids=["a place", "two words", "no question", "a document"],
 )
 def test_a_question_that_the_fact_may_answer_is_not_held(question, answer, left_out):
     fact = Fact(question=question, statement="Zed lies in Oslo.", answer=answer, subject="Zed")
