@@ -49,6 +49,9 @@ def test_each_version_has_the_rows_of_its_day(store, learner):
         change = store.delta(commit.id).changes["layer_1"]
         assert torch.equal(change.before, before[change.slot_ids])
         assert torch.equal(change.after, after[change.slot_ids])
+    digests = {commit.id: delta.digest for commit, delta in store.deltas()}
+    assert list(digests) == [commit.id for commit in reversed(store.log())]
+    assert digests == {commit.id: commit.digest for commit in store.log()}
 
 
 def test_rows_before_are_stored_once_and_slots_that_share_a_row_share_it(store, learner):
@@ -256,3 +259,10 @@ def test_a_read_only_copy_can_be_read(store, learner, tmp_path):
     store.database.close()
     (store.folder / HISTORY_FILE).chmod(0o444)
     assert DeltaStore(store.folder).log() == [commit]
+
+
+def test_rows_that_were_trained_and_did_not_move_are_part_of_the_delta(store, learner):
+    learner.commit([1, 2])
+    change = learner.delta([2, 3]).changes["layer_1"]
+    still = SparseDelta({"layer_1": RowChange(change.slot_ids, change.before, change.before, NUM_SLOTS)})
+    assert store.delta(store.commit(still).id).digest == still.digest

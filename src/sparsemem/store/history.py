@@ -3,7 +3,7 @@
 import json
 import re
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,7 @@ from sparsemem.memory.delta import SparseDelta
 from sparsemem.store.commits import COLUMNS, Commit, FactRow, author, canonical, commit_digest, insert, now
 from sparsemem.store.database import Database
 from sparsemem.store.objects import ObjectStore
-from sparsemem.store.state import PoolState, as_stored, difference, replay, stored
+from sparsemem.store.state import PoolState, as_stored, recorded, replay, stored
 
 ATTACHED = "attached"
 """Revision of the memory as it was attached, before any commit."""
@@ -113,7 +113,16 @@ class DeltaStore:
 
     def delta(self, commit_id: str) -> SparseDelta:
         """Return what a commit changed, with the rows before."""
-        return difference(self.state(self.get(commit_id).parent), self.state(commit_id))
+        commit = self.get(commit_id)
+        return recorded(self.objects.read(commit.object), self.state(commit.parent))
+
+    def deltas(self, revision: str = "HEAD") -> Iterator[tuple[Commit, SparseDelta]]:
+        """Yield a version and those before it with what each changed, the oldest first."""
+        state: dict[str, PoolState] = {}
+        for commit in reversed(self.log(revision)):
+            rows = self.objects.read(commit.object)
+            yield commit, recorded(rows, state)
+            state = replay([as_stored(state), rows])
 
     def facts(self, commit_id: str | None) -> list[FactRow]:
         """List the facts a version was taught and has not taken back, the oldest first."""

@@ -121,6 +121,21 @@ def stored(delta: SparseDelta, state: State) -> dict[str, StoredRows]:
     return result
 
 
+def recorded(rows: Stored, state: State) -> SparseDelta:
+    """Turn what is stored of a commit back into its delta, on the version it was made on."""
+    changes = {}
+    for name, of_pool in rows.items():
+        before = of_pool.before.new_zeros(len(of_pool.slot_ids), of_pool.after.shape[1])
+        is_new = of_pool.before_index != AS_BEFORE
+        before[is_new] = of_pool.before[of_pool.before_index[is_new]]
+        if not is_new.all():
+            places, _ = state[name].find(of_pool.slot_ids[~is_new])
+            before[~is_new] = state[name].now.take(places)
+        after = of_pool.after[of_pool.after_index]
+        changes[name] = RowChange(of_pool.slot_ids, before, after, of_pool.num_slots)
+    return SparseDelta(changes)
+
+
 def difference(old: State, new: State) -> SparseDelta:
     """Return the delta that leads from one version to another: the rows that differ."""
     changes = {}

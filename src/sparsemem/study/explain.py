@@ -72,9 +72,9 @@ def taught_updates(folder: Path, facts: Sequence[Fact] = ()) -> list[Taught]:
             name=str(number),
             message=commit.message,
             facts=_facts_of(store.details(commit.id).get("facts", ()), facts),
-            delta=store.delta(commit.id),
+            delta=delta,
         )
-        for number, commit in enumerate(reversed(store.log()), 1)
+        for number, (commit, delta) in enumerate(store.deltas(), 1)
     ]
 
 
