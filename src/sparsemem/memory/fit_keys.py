@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sparsemem.encode import token_batches
 from sparsemem.errors import ConfigError, DataError
-from sparsemem.memory.attach import memory_layers, observe_reads
-from sparsemem.memory.layer import MemoryLayer, Reads, init_memory
+from sparsemem.memory.attach import before_read, memory_layers
+from sparsemem.memory.layer import MemoryLayer, init_memory
 from sparsemem.prompts import background_documents
 
 KeyFit = Literal["random", "k_means", "context_invariant"]
@@ -132,7 +132,7 @@ def k_means(points_TQ: Tensor, num_clusters: int, generator: torch.Generator, st
     centres_NQ = points_TQ[start].clone()
     for _ in range(steps):
         offsets_N = centres_NQ.square().sum(1) / 2
-        parts = points_TQ.split(8192)  # so that no (T, N) matrix is held at once
+        parts = points_TQ.split(512)  # so that the distances of a part stay in a cache
         nearest_T = torch.cat([(part @ centres_NQ.T - offsets_N).argmax(dim=1) for part in parts])
         sizes_N = torch.bincount(nearest_T, minlength=num_clusters)
         sums_NQ = torch.zeros_like(centres_NQ).index_add_(0, nearest_T, points_TQ)
@@ -181,11 +181,11 @@ def _collect_inputs(
         kept[:, 0] = False
         kept &= kept.flatten().cumsum(0).view_as(kept) <= num_tokens - collected
 
-        def keep(layer: MemoryLayer, reads: Reads, kept: Tensor = kept) -> None:
-            hidden[layer.block_index].append(reads.hidden[kept].float().cpu())
+        def keep(layer: MemoryLayer, states: Tensor, kept: Tensor = kept) -> None:
+            hidden[layer.block_index].append(states[kept].float().cpu())
 
-        with _output_sizes(layers, kept, squares):
-            observe_reads(model, keep, **batch)
+        with _output_sizes(layers, kept, squares), _states_seen(model, layers, keep):
+            model(**batch, use_cache=False)
         tokens.append(batch["input_ids"][kept].cpu())
         collected += int(kept.sum())
         if on_step:
@@ -202,6 +202,36 @@ def _collect_inputs(
         _States(torch.cat(hidden[index]), torch.cat(tokens), _scale(squares[index]))
         for index in (layer.block_index for layer in layers)
     ]
+
+
+@contextlib.contextmanager
+def _states_seen(
+    model: nn.Module, layers: list[MemoryLayer], keep: Callable[[MemoryLayer, Tensor], None]
+) -> Iterator[None]:
+    """Call `keep(layer, hidden states)` in every layer, and end the pass at the highest.
+
+    Not `observe_reads`: what keys that are about to be replaced would read is of no use, and looking it up
+    takes a third of the pass.
+    """
+
+    def seen(layer: MemoryLayer, args: tuple[Tensor]) -> None:
+        keep(layer, args[0])
+        if layer is layers[-1]:
+            raise _SeenEnough
+
+    handles = [layer.register_forward_pre_hook(seen) for layer in layers]
+    try:
+        # An empty memory is called only while somebody wants to know its reads.
+        nobody = before_read(model, lambda _layer, _reads: None)
+        with torch.no_grad(), nobody, contextlib.suppress(_SeenEnough):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _SeenEnough(Exception):  # noqa: N818 - not an error, it ends a pass early
+    pass
 
 
 @contextlib.contextmanager
