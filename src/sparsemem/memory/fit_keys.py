@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sparsemem.encode import token_batches
+from sparsemem.encode import length_batches, token_lists
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.memory.attach import before_read, memory_layers
 from sparsemem.memory.layer import MemoryLayer, init_memory
@@ -171,37 +171,53 @@ def _collect_inputs(
     layers: list[MemoryLayer],
     on_step: Callable[[int, int], None] | None,
 ) -> list[_States]:
-    hidden: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
+    sequences = _sequences(tokenizer, texts, num_tokens)
+    # The first position of a sequence is an outlier in every model (an attention sink).
+    starts = torch.tensor([0, *(len(ids) - 1 for ids in sequences)]).cumsum(0)
+    total = int(starts[-1])
+    needed = max(layer.num_keys for layer in layers)
+    if total < needed:
+        raise DataError(
+            f"the background has {total} tokens, too few to fit {needed} sub-keys; "
+            "give more text, or fewer num_keys"
+        )
+    width = layers[0].query.in_features
+    hidden = {layer.block_index: torch.empty(total, width) for layer in layers}
     squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
-    tokens: list[Tensor] = []
+    tokens = torch.tensor([token for ids in sequences for token in ids[1:]])
     collected = 0
-    for batch in token_batches(tokenizer, texts, device=next(model.parameters()).device):
-        # The first position of a sequence is an outlier in every model (an attention sink).
+    for places, batch in length_batches(sequences, device=next(model.parameters()).device):
         kept = batch["attention_mask"].bool().clone()
         kept[:, 0] = False
-        kept &= kept.flatten().cumsum(0).view_as(kept) <= num_tokens - collected
+        # Every state goes where it would be without batches: k-means starts from states by their place.
+        ends = [range(int(starts[place]), int(starts[place + 1])) for place in places]
+        targets = torch.tensor([target for end in ends for target in end], dtype=torch.int64)
 
-        def keep(layer: MemoryLayer, states: Tensor, kept: Tensor = kept) -> None:
-            hidden[layer.block_index].append(states[kept].float().cpu())
+        def keep(layer: MemoryLayer, states: Tensor, kept: Tensor = kept, to: Tensor = targets) -> None:
+            hidden[layer.block_index][to] = states[kept].float().cpu()
 
         with _output_sizes(layers, kept, squares), _states_seen(model, layers, keep):
             model(**batch, use_cache=False)
-        tokens.append(batch["input_ids"][kept].cpu())
-        collected += int(kept.sum())
+        collected += len(targets)
         if on_step:
             on_step(collected, num_tokens)
-        if collected >= num_tokens:
-            break
-    needed = max(layer.num_keys for layer in layers)
-    if collected < needed:
-        raise DataError(
-            f"the background has {collected} tokens, too few to fit {needed} sub-keys; "
-            "give more text, or fewer num_keys"
-        )
     return [
-        _States(torch.cat(hidden[index]), torch.cat(tokens), _scale(squares[index]))
+        _States(hidden[index], tokens, _scale(squares[index]))
         for index in (layer.block_index for layer in layers)
     ]
+
+
+def _sequences(tokenizer: Any, texts: Iterable[str], num_tokens: int) -> list[list[int]]:
+    """Tokenize texts until they have `num_tokens` tokens, the first of each not counted."""
+    sequences: list[list[int]] = []
+    for ids in token_lists(tokenizer, texts):
+        ids = ids[: num_tokens + 1]
+        if len(ids) > 1:
+            sequences.append(ids)
+            num_tokens -= len(ids) - 1
+        if num_tokens <= 0:
+            break
+    return sequences
 
 
 @contextlib.contextmanager
