@@ -17,8 +17,9 @@ check: .venv/dev  ## lint, format and types
 real: .venv/dev .venv/demo  ## the main job on SmolLM2 with a handful of facts
 	$(BIN)/python -m pytest -m real
 
-bench: .venv/dev .venv/demo  ## time one update at two pool sizes
-	$(BIN)/python benchmarks/step.py
+BENCHMARKS := lookup scale step attach generate history processes
+bench: .venv/dev .venv/demo  ## speed, beside the committed one; learn.py takes half an hour and is left out
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # Settings of the committed results that were best for each method.
 HEADLINE := ^(memory|full\.learning_rate-0\.0001|lora\.learning_rate-0\.001)\.seed-0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -89,7 +90,9 @@ def publish(name: str, result: Mapping[str, Any], args: argparse.Namespace, **or
         origin: Arguments of `provenance`.
     """
     path = RESULTS / f"{name}.json"
-    result = {"benchmark": name, **result, "seed": 0, **provenance(**origin)}
+    # How busy the machine is with others' work: a ratio taken on a full one says less.
+    load = round(os.getloadavg()[0], 2)
+    result = {"benchmark": name, **result, "seed": 0, "load_average": load, **provenance(**origin)}
     if args.json:
         print(json.dumps(result, indent=2))
     else:

@@ -5,12 +5,14 @@ from sparsemem.config import MemoryConfig
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.memory.attach import attach_memory, memory_layers, observe_reads, pools
 from sparsemem.memory.fit_keys import (
+    _collect_inputs,
     balanced_sample,
     context_invariant_components,
     fit_keys,
     k_means,
     principal_components,
 )
+from sparsemem.memory.layer import MemoryLayer
 
 METHODS = ["random", "k_means", "context_invariant"]
 TOKENS = torch.randint(4, 300, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -74,6 +76,26 @@ def test_fitting_leaves_no_hook_behind(attached, tiny_tokenizer, texts, method):
         fit_keys(attached, tiny_tokenizer, [], method)
     assert count() == before
     assert all(layer.before_read is None for layer in memory_layers(attached))
+
+
+@pytest.mark.parametrize("placement", ["add", "replace"])
+def test_states_are_those_that_reads_are_asked_with(tiny_model, tiny_tokenizer, texts, placement):
+    config = MemoryConfig(layers=(0, 2), num_keys=8, num_heads=2, top_k=4, query_dim=4, placement=placement)
+    model = attach_memory(tiny_model, config)
+    layers, expected = list(memory_layers(model)), {0: [], 2: []}
+    for text in texts[:9]:
+        ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])
+        keep = lambda layer, reads: expected[layer.block_index].append(reads.hidden[0, 1:])
+        observe_reads(model, keep, input_ids=ids)
+    for states, seen in zip(
+        _collect_inputs(model, tiny_tokenizer, texts[:9], 10**6, layers, None), expected.values(), strict=True
+    ):
+        torch.testing.assert_close(states.hidden, torch.cat(seen))
+
+
+def test_fitting_looks_nothing_up(attached, tiny_tokenizer, texts, monkeypatch):
+    monkeypatch.setattr(MemoryLayer, "lookup", lambda *_args: pytest.fail("the old keys were looked up"))
+    fit_keys(attached, tiny_tokenizer, texts)
 
 
 @every_fit
@@ -276,6 +298,16 @@ def test_k_means_recovers_separated_clusters():
     )
     found = best[torch.cdist(centres, best).argmin(dim=1)]
     torch.testing.assert_close(found, points.mean(dim=0), rtol=1e-5, atol=1e-4)
+
+
+def test_k_means_in_parts_is_lloyds_algorithm_written_down():
+    points = torch.randn(1300, 3, generator=torch.Generator().manual_seed(0))
+    start = torch.randperm(1300, generator=torch.Generator().manual_seed(1))[:6]
+    centres = points[start]
+    for _ in range(10):
+        nearest = torch.cdist(points, centres).argmin(dim=1)
+        centres = torch.stack([points[nearest == number].mean(dim=0) for number in range(6)])
+    torch.testing.assert_close(k_means(points, 6, torch.Generator().manual_seed(1)), centres)
 
 
 def test_k_means_never_makes_the_clusters_worse():

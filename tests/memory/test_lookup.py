@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemem.memory.lookup import product_key_top_k, sub_key_scores
+from sparsemem.memory.lookup import SCORES_AT_ONCE, best_slots, product_key_top_k, sub_key_scores
 
 
 def all_slot_scores(scores_TH2N):
@@ -35,6 +35,28 @@ def test_top_k_equals_brute_force_with_ties(data, num_keys):
     assert torch.equal(found_scores, expected_scores)
     assert torch.equal(all_slot_scores(scores).gather(-1, found_ids), found_scores)
     assert found_ids.unique().numel() == top_k
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 3 * 8 * 5, 10**6])
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_best_slots_are_the_same_however_many_tokens_are_scored_at_once(monkeypatch, at_once, tokens):
+    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", at_once)
+    queries, keys, bias = torch.randn(tokens, 3, 2, 4), torch.randn(3, 2, 8, 4), torch.randn(3, 2, 8)
+    scores, slot_ids = best_slots(queries, keys, bias, 6)
+    expected_scores, expected_ids = product_key_top_k(sub_key_scores(queries, keys, bias), 6)
+    torch.testing.assert_close(scores, expected_scores)
+    assert torch.equal(slot_ids, expected_ids)
+
+
+def test_gradients_of_best_slots_are_the_same_in_parts(monkeypatch):
+    keys, bias = torch.randn(3, 2, 8, 4, requires_grad=True), torch.randn(3, 2, 8, requires_grad=True)
+    queries, upstream = torch.randn(13, 3, 2, 4, requires_grad=True), torch.randn(13, 3, 6)
+    gradients = []
+    for at_once in (10**6, 1):
+        monkeypatch.setitem(SCORES_AT_ONCE, "cpu", at_once)
+        loss = (best_slots(queries, keys, bias, 6)[0] * upstream).sum()
+        gradients.append(torch.autograd.grad(loss, (queries, keys, bias)))
+    torch.testing.assert_close(*gradients)
 
 
 def test_slots_come_best_first():

@@ -114,6 +114,15 @@ def test_batch_boundaries_do_not_matter(attached, tiny_tokenizer, uneven):
     assert torch.equal(frequencies, whole.document_frequency)
 
 
+def test_how_many_documents_are_tokenized_at_a_time_does_not_matter(
+    attached, tiny_tokenizer, uneven, monkeypatch
+):
+    count = lambda: count_usage(attached, tiny_tokenizer, uneven, num_documents=10, prompt_formats=False)
+    at_once = count()
+    monkeypatch.setattr("sparsemem.slots.usage.WINDOW", 3)
+    assert same_usage(count(), at_once)
+
+
 @pytest.mark.parametrize("wanted", [1, 5, 8, 9, 11, 500])
 def test_num_documents_bounds_what_is_counted(attached, tiny_tokenizer, uneven, wanted):
     steps = []

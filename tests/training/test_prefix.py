@@ -12,7 +12,7 @@ from transformers import (
 from sparsemem.config import MemoryConfig
 from sparsemem.likelihood import IGNORE, label_log_probs
 from sparsemem.memory.attach import attach_memory, find_blocks, find_ffn, pools
-from sparsemem.memory.lookup import product_key_top_k
+from sparsemem.memory.lookup import best_slots
 from sparsemem.training.examples import Example, collate
 from sparsemem.training.prefix import PrefixCache
 
@@ -162,8 +162,8 @@ def test_below_the_first_block_only_reads_are_kept():
 def test_slots_are_looked_up_once_per_example(model, monkeypatch):
     batch, cache, looked_up = collate(make_examples([5, 9])), PrefixCache(model), []
     monkeypatch.setattr(
-        "sparsemem.memory.layer.product_key_top_k",
-        lambda *args: looked_up.append(1) or product_key_top_k(*args),
+        "sparsemem.memory.layer.best_slots",
+        lambda *args: looked_up.append(1) or best_slots(*args),
     )
     for _ in range(3):
         loss_and_gradient(model, batch, cache)

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sparsemem.encode import token_batches
+from sparsemem.encode import length_batches, token_lists
 from sparsemem.errors import ConfigError, DataError
-from sparsemem.memory.attach import memory_layers, observe_reads
-from sparsemem.memory.layer import MemoryLayer, Reads, init_memory
+from sparsemem.memory.attach import before_read, memory_layers
+from sparsemem.memory.layer import MemoryLayer, init_memory
 from sparsemem.prompts import background_documents
 
 KeyFit = Literal["random", "k_means", "context_invariant"]
@@ -132,7 +132,7 @@ def k_means(points_TQ: Tensor, num_clusters: int, generator: torch.Generator, st
     centres_NQ = points_TQ[start].clone()
     for _ in range(steps):
         offsets_N = centres_NQ.square().sum(1) / 2
-        parts = points_TQ.split(8192)  # so that no (T, N) matrix is held at once
+        parts = points_TQ.split(512)  # so that the distances of a part stay in a cache
         nearest_T = torch.cat([(part @ centres_NQ.T - offsets_N).argmax(dim=1) for part in parts])
         sizes_N = torch.bincount(nearest_T, minlength=num_clusters)
         sums_NQ = torch.zeros_like(centres_NQ).index_add_(0, nearest_T, points_TQ)
@@ -171,37 +171,83 @@ def _collect_inputs(
     layers: list[MemoryLayer],
     on_step: Callable[[int, int], None] | None,
 ) -> list[_States]:
-    hidden: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
-    squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
-    tokens: list[Tensor] = []
-    collected = 0
-    for batch in token_batches(tokenizer, texts, device=next(model.parameters()).device):
-        # The first position of a sequence is an outlier in every model (an attention sink).
-        kept = batch["attention_mask"].bool().clone()
-        kept[:, 0] = False
-        kept &= kept.flatten().cumsum(0).view_as(kept) <= num_tokens - collected
-
-        def keep(layer: MemoryLayer, reads: Reads, kept: Tensor = kept) -> None:
-            hidden[layer.block_index].append(reads.hidden[kept].float().cpu())
-
-        with _output_sizes(layers, kept, squares):
-            observe_reads(model, keep, **batch)
-        tokens.append(batch["input_ids"][kept].cpu())
-        collected += int(kept.sum())
-        if on_step:
-            on_step(collected, num_tokens)
-        if collected >= num_tokens:
-            break
+    sequences = _sequences(tokenizer, texts, num_tokens)
+    # The first position of a sequence is an outlier in every model (an attention sink).
+    starts = torch.tensor([0, *(len(ids) - 1 for ids in sequences)]).cumsum(0)
+    total = int(starts[-1])
     needed = max(layer.num_keys for layer in layers)
-    if collected < needed:
+    if total < needed:
         raise DataError(
-            f"the background has {collected} tokens, too few to fit {needed} sub-keys; "
+            f"the background has {total} tokens, too few to fit {needed} sub-keys; "
             "give more text, or fewer num_keys"
         )
+    width = layers[0].query.in_features
+    hidden = {layer.block_index: torch.empty(total, width) for layer in layers}
+    squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
+    tokens = torch.tensor([token for ids in sequences for token in ids[1:]])
+    collected = 0
+    for places, batch in length_batches(sequences, device=next(model.parameters()).device):
+        kept = batch["attention_mask"].bool().clone()
+        kept[:, 0] = False
+        # Every state goes where it would be without batches: k-means starts from states by their place.
+        ends = [range(int(starts[place]), int(starts[place + 1])) for place in places]
+        targets = torch.tensor([target for end in ends for target in end], dtype=torch.int64)
+
+        def keep(layer: MemoryLayer, states: Tensor, kept: Tensor = kept, to: Tensor = targets) -> None:
+            hidden[layer.block_index][to] = states[kept].float().cpu()
+
+        with _output_sizes(layers, kept, squares), _states_seen(model, layers, keep):
+            model(**batch, use_cache=False)
+        collected += len(targets)
+        if on_step:
+            on_step(collected, num_tokens)
     return [
-        _States(torch.cat(hidden[index]), torch.cat(tokens), _scale(squares[index]))
+        _States(hidden[index], tokens, _scale(squares[index]))
         for index in (layer.block_index for layer in layers)
     ]
+
+
+def _sequences(tokenizer: Any, texts: Iterable[str], num_tokens: int) -> list[list[int]]:
+    """Tokenize texts until they have `num_tokens` tokens, the first of each not counted."""
+    sequences: list[list[int]] = []
+    for ids in token_lists(tokenizer, texts):
+        ids = ids[: num_tokens + 1]
+        if len(ids) > 1:
+            sequences.append(ids)
+            num_tokens -= len(ids) - 1
+        if num_tokens <= 0:
+            break
+    return sequences
+
+
+@contextlib.contextmanager
+def _states_seen(
+    model: nn.Module, layers: list[MemoryLayer], keep: Callable[[MemoryLayer, Tensor], None]
+) -> Iterator[None]:
+    """Call `keep(layer, hidden states)` in every layer, and end the pass at the highest.
+
+    Not `observe_reads`: what keys that are about to be replaced would read is of no use, and looking it up
+    takes a third of the pass.
+    """
+
+    def seen(layer: MemoryLayer, args: tuple[Tensor]) -> None:
+        keep(layer, args[0])
+        if layer is layers[-1]:
+            raise _SeenEnough
+
+    handles = [layer.register_forward_pre_hook(seen) for layer in layers]
+    try:
+        # An empty memory is called only while somebody wants to know its reads.
+        nobody = before_read(model, lambda _layer, _reads: None)
+        with torch.no_grad(), nobody, contextlib.suppress(_SeenEnough):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _SeenEnough(Exception):  # noqa: N818 - not an error, it ends a pass early
+    pass
 
 
 @contextlib.contextmanager

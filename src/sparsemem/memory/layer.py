@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from sparsemem.memory.lookup import product_key_top_k, sub_key_scores
+from sparsemem.memory.lookup import best_slots
 from sparsemem.memory.pool import Pool
 
 Placement = Literal["add", "replace"]
@@ -104,8 +104,7 @@ class MemoryLayer(nn.Module):
         """Find the slots each token reads; shapes (..., heads, top_k), weights float32 and summing to 1."""
         hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
         queries_TH2Q = self.query(hidden_TD).view(-1, self.num_heads, 2, self.query_dim)
-        scores_TH2N = sub_key_scores(queries_TH2Q, self.keys, self.key_bias)
-        scores_THK, slot_ids_THK = product_key_top_k(scores_TH2N, self.top_k)
+        scores_THK, slot_ids_THK = best_slots(queries_TH2Q, self.keys, self.key_bias, self.top_k)
         shape = (*hidden.shape[:-1], self.num_heads, self.top_k)
         return slot_ids_THK.view(shape), scores_THK.softmax(dim=-1).view(shape)
 

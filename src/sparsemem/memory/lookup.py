@@ -10,6 +10,35 @@ are among the K x K pairs of each half's K best sub-keys. Source: Lample et al. 
 import torch
 from torch import Tensor
 
+SCORES_AT_ONCE = {"cpu": 2**20}
+"""Scores held at a time, by device: those of a whole batch are hundreds of megabytes, and writing them to
+main memory and reading them back takes longer than computing them. 4 MB stay in a cache."""
+MOST_SCORES = 2**28
+"""The same on other devices, where a call costs more than memory traffic: 1 GiB."""
+
+
+def best_slots(
+    queries_TH2Q: Tensor, keys_H2NQ: Tensor, bias_H2N: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Find the best slots of each head, some tokens at a time; what `product_key_top_k` returns for all.
+
+    Args:
+        queries_TH2Q: As in `sub_key_scores`, like the next two.
+        keys_H2NQ: Sub-keys.
+        bias_H2N: Added to each score.
+        top_k: Slots to return per head.
+
+    Returns:
+        Slot scores and slot ids, both of shape (tokens, heads, top_k), best first.
+    """
+    at_once = SCORES_AT_ONCE.get(queries_TH2Q.device.type, MOST_SCORES)
+    parts = queries_TH2Q.split(max(1, at_once // bias_H2N.numel()))
+    found = [product_key_top_k(sub_key_scores(part, keys_H2NQ, bias_H2N), top_k) for part in parts]
+    if len(found) == 1:
+        return found[0]
+    scores, slot_ids = zip(*found, strict=True)
+    return torch.cat(scores), torch.cat(slot_ids)
+
 
 def sub_key_scores(queries_TH2Q: Tensor, keys_H2NQ: Tensor, bias_H2N: Tensor) -> Tensor:
     """Score every sub-key of both halves: `q . k + bias`.

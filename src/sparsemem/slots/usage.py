@@ -6,6 +6,7 @@ Shape letters: S slots, C candidate slots.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemem import distributed
-from sparsemem.encode import token_batches
+from sparsemem.encode import length_batches, token_lists
 from sparsemem.errors import CheckpointError, DataError, PoolMismatchError
 from sparsemem.files import read_tensors, write_tensors
 from sparsemem.memory.attach import memory_layers, observe_reads, pools
@@ -23,6 +24,9 @@ from sparsemem.prompts import background_documents
 USAGE_FILE = "background_usage.safetensors"
 FORMAT = "sparsemem-usage"
 FORMAT_VERSION = 1
+
+WINDOW = 1024
+"""Documents tokenized at a time; those of like length are counted together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,22 +122,22 @@ def count_usage(
     reads = {name: torch.zeros(pool.num_slots, dtype=torch.int64) for name, pool in pools(model).items()}
     frequency = {name: torch.zeros_like(zeros) for name, zeros in reads.items()}
     token_frequency = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.int64)
-    counted = num_tokens = 0
+    counted = num_tokens = turn = 0
     device = next(model.parameters()).device
-    for turn, batch in enumerate(token_batches(tokenizer, documents, max_length=max_length, device=device)):
-        batch = {key: value[: num_documents - counted] for key, value in batch.items()}
-        mask = batch["attention_mask"].bool()
-        rows = torch.arange(len(mask), device=device).unsqueeze(1).expand_as(mask)[mask]
-        if turn % distributed.world_size() == distributed.rank():
-            _count_reads(model, batch, mask, rows, reads, frequency)
-        tokens = (rows * len(token_frequency) + batch["input_ids"][mask]).cpu().unique()
-        token_frequency += torch.bincount(tokens % len(token_frequency), minlength=len(token_frequency))
-        counted += len(mask)
-        num_tokens += int(mask.sum())
-        if on_step:
-            on_step(counted, num_documents)
-        if counted >= num_documents:
-            break
+    sequences = islice(token_lists(tokenizer, documents, max_length=max_length), num_documents)
+    while window := list(islice(sequences, WINDOW)):
+        for _, batch in length_batches(window, device=device):
+            mask = batch["attention_mask"].bool()
+            rows = torch.arange(len(mask), device=device).unsqueeze(1).expand_as(mask)[mask]
+            if turn % distributed.world_size() == distributed.rank():
+                _count_reads(model, batch, mask, rows, reads, frequency)
+            tokens = (rows * len(token_frequency) + batch["input_ids"][mask]).cpu().unique()
+            token_frequency += torch.bincount(tokens % len(token_frequency), minlength=len(token_frequency))
+            counted += len(mask)
+            num_tokens += int(mask.sum())
+            turn += 1
+            if on_step:
+                on_step(counted, num_documents)
     if not counted:
         raise DataError("the background has no text; give at least some hundred documents")
     counts = {name: (distributed.summed(reads[name]), distributed.summed(frequency[name])) for name in reads}

@@ -1,0 +1,80 @@
+"""Fitting keys and counting usage, against the bare forward pass over the same tokens.
+
+    python benchmarks/attach.py
+
+On SmolLM2-135M with the default memory; fewer tokens and documents than by default, but as many of one to
+the other. Clustering, whose cost hardly grows with the text, so weighs more here than by default. Both floors
+run the very batches that attaching runs, with no more padding: "forward" all blocks without the head,
+"to_memory" the blocks up to the memory with the feed-forward network beside it, after which attaching stops.
+"""
+
+import contextlib
+from itertools import islice
+
+import torch
+from timing import in_turn, parser, publish
+
+import sparsemem
+from sparsemem.cli.demo import installed_data
+from sparsemem.encode import length_batches, token_lists
+from sparsemem.memory.attach import find_blocks, memory_layers
+from sparsemem.memory.base_model import fingerprint
+from sparsemem.prompts import background_documents
+
+NUM_TOKENS, NUM_DOCUMENTS, ROUNDS = 6000, 60, 3
+
+
+class SeenEnough(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass."""
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    gguf, articles = installed_data()
+    model, tokenizer = sparsemem.load_base_model(str(gguf))
+    sha = fingerprint(model.named_parameters())
+    sparsemem.attach_memory(model)
+    last = find_blocks(model)[next(memory_layers(model)).block_index]
+    sequences = list(islice(token_lists(tokenizer, background_documents(articles, tokenizer)), NUM_DOCUMENTS))
+    to_fit, left = [], NUM_TOKENS
+    while left > 0:
+        to_fit.append(sequences[len(to_fit)][: left + 1])
+        left -= len(to_fit[-1]) - 1
+
+    @torch.no_grad()
+    def forward() -> None:
+        for part in (to_fit, sequences):
+            for _, batch in length_batches(part):
+                with contextlib.suppress(SeenEnough):
+                    model.model(**batch, use_cache=False)
+
+    def to_memory() -> None:
+        def stop(*_args):
+            raise SeenEnough
+
+        handle = last.mlp.register_forward_hook(stop, prepend=True)
+        try:
+            forward()
+        finally:
+            handle.remove()
+
+    contenders = {
+        "fit_keys": lambda: sparsemem.fit_keys(model, tokenizer, articles, num_tokens=NUM_TOKENS),
+        "count_usage": lambda: sparsemem.count_usage(model, tokenizer, articles, num_documents=NUM_DOCUMENTS),
+        "forward": forward,
+        "to_memory": to_memory,
+    }
+    times = in_turn(contenders, ROUNDS)
+    seconds = {name: of["median_seconds"] for name, of in times.items()}
+    both = seconds["fit_keys"] + seconds["count_usage"]
+    ratios = {
+        "attach_over_forward": both / seconds["forward"],
+        "attach_over_forward_to_memory": both / seconds["to_memory"],
+        "fit_keys_share_of_attach": seconds["fit_keys"] / both,
+    }
+    tokens = {"fitted": NUM_TOKENS, "counted": sum(map(len, sequences))}
+    publish("attach", {"ratios": ratios, "times": times, "tokens": tokens}, args, model_sha=sha)
+
+
+if __name__ == "__main__":
+    main()
