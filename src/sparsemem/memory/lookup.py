@@ -58,7 +58,7 @@ def sub_key_scores(queries_TH2Q: Tensor, keys_H2NQ: Tensor, bias_H2N: Tensor) ->
         queries_TH2Q.flatten(1, 2).transpose(0, 1),
         keys_H2NQ.flatten(0, 1).transpose(1, 2),
     )
-    return scores_PTN.unflatten(0, bias_H2N.shape[:2]).permute(2, 0, 1, 3)
+    return scores_PTN.view(*bias_H2N.shape[:2], *scores_PTN.shape[1:]).permute(2, 0, 1, 3)
 
 
 def product_key_top_k(scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
