@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import hashlib
 
 import pytest
@@ -371,3 +372,32 @@ def test_rows_can_be_others_for_a_while_and_are_the_very_same_afterwards(with_ba
         for now, then in zip((pool.rows, pool.row_slot_ids, pool.slot_to_row), tensors, strict=True)
     )
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+
+
+def test_rows_that_are_appended_are_not_copied_each_time():
+    pool, copies = Pool(4096, 8), set()
+    expected = torch.randn(1000, 8)
+    for start in range(0, 1000, 10):
+        pool.write(torch.arange(start, start + 10), expected[start : start + 10])
+        copies.add(pool.rows.data_ptr())
+        assert pool.rows.shape == (start + 10, 8)
+    assert len(copies) < 20
+    assert torch.equal(pool.rows, expected)
+    assert torch.equal(pool.row_slot_ids, torch.arange(1000))
+
+
+def test_a_copy_of_a_pool_has_room_of_its_own():
+    pool = Pool(64, 4)
+    pool.write(torch.arange(10), torch.ones(10, 4))
+    pool.write(torch.arange(10, 12), torch.ones(2, 4))
+    other = copy.deepcopy(pool)
+    other.write(torch.tensor([12]), torch.full((1, 4), 2.0))
+    pool.write(torch.tensor([13]), torch.full((1, 4), 3.0))
+    assert other.current(torch.tensor([12]))[0, 0] == 2
+    assert pool.current(torch.tensor([13]))[0, 0] == 3
+    moved = copy.deepcopy(pool).to(torch.bfloat16)
+    moved.write(torch.tensor([14]), torch.full((1, 4), 4.0))
+    restored = Pool(64, 4)
+    restored.load_state_dict(moved.state_dict())
+    assert torch.equal(restored.current(torch.arange(64)), moved.current(torch.arange(64)))
+    assert torch.equal(pool.current(torch.arange(12)), torch.ones(12, 4))

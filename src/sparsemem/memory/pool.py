@@ -141,8 +141,8 @@ class Pool(nn.Module):
         self.rows[places[known]] = values[known]
         if not known.all():
             first, new_ids = self.num_rows, slot_ids[~known]
-            self.rows = torch.cat([self.rows, values[~known]])
-            self.row_slot_ids = torch.cat([self.row_slot_ids, new_ids])
+            self.rows = _appended(self.rows, values[~known])
+            self.row_slot_ids = _appended(self.row_slot_ids, new_ids)
             self.slot_to_row[new_ids] = torch.arange(first, self.num_rows, dtype=torch.int32).to(
                 new_ids.device
             )
@@ -258,3 +258,20 @@ class Pool(nn.Module):
                 f"slot {int(outside[0])} lies outside this pool of {self.num_slots} slots; "
                 "the delta or usage was made for another pool"
             )
+
+
+def _appended(tensor: Tensor, more: Tensor) -> Tensor:
+    """Append to a tensor that is the whole beginning of its own storage.
+
+    What is returned keeps room for half as much again, which the next call fills: else each update would
+    copy all that was ever learned.
+    """
+    num, wanted = len(tensor), len(tensor) + len(more)
+    of_one = more[0].numel()
+    if tensor.untyped_storage().nbytes() < wanted * of_one * tensor.element_size():
+        room = tensor.new_empty(max(wanted, num * 3 // 2), *tensor.shape[1:])
+        room[:num] = tensor
+        tensor = room
+    longer = tensor.as_strided((wanted, *tensor.shape[1:]), tensor.stride(), 0)
+    longer[num:] = more
+    return longer
