@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sparsemem.study.charts import HEIGHT, WIDTH, Axis, Series, cells, chart
+from sparsemem.study.charts import COLUMN, HEIGHT, ROW, WIDTH, Axis, Series, cells, chart
 
 HOSTILE = "<script>alert('x')</script>\"&"
 SVG = re.compile("<svg.*?</svg>", re.DOTALL)
@@ -78,7 +78,7 @@ def test_hostile_names_are_names():
 def test_cells_stand_in_their_row_and_column():
     svg = picture(cells("t", "d", ["a", "bc"], 3, [(0, 0, 0.0, "x"), (1, 2, 1.0, "y")]))
     first, second = svg.iter("rect")
-    assert float(second.get("x")) - float(first.get("x")) == 24
-    assert float(second.get("y")) - float(first.get("y")) == 12
+    assert float(second.get("x")) - float(first.get("x")) == 2 * COLUMN
+    assert float(second.get("y")) - float(first.get("y")) == ROW
     assert (first.get("fill-opacity"), second.get("fill-opacity")) == ("0.25", "1.00")
-    assert float(second.get("x")) + 10 <= float(svg.get("width"))
+    assert float(second.get("x")) + COLUMN <= float(svg.get("width"))

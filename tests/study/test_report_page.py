@@ -110,7 +110,8 @@ def test_hostile_text_is_text_wherever_it_stands():
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
     assert [set(found) for _, found in hostile.tags] == [set(found) for _, found in harmless.tags]
     in_titles = [text for tag, text in hostile.texts if tag == "title"]
-    assert sum(HOSTILE in text for text in in_titles) > 5
+    # Of the page, a point of forgetting, two runs that are compared, and a cell.
+    assert sum(HOSTILE in text for text in in_titles) == 5
 
 
 def test_every_part_can_be_reached_and_is_named():

@@ -33,7 +33,8 @@ NUM_COLOURS = 6
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 SHAPES = ("M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "M-4.5-4.5h9v9h-9z", "M0-6L6 5H-6z", "M0-6L6 0 0 6-6 0z")
 WIDTH, HEIGHT = 420, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 44
+ROW, COLUMN = 13, 7
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 44
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,16 +159,16 @@ def cells(
         columns: How many there are.
         marks: Row, column, strength from 0 to 1, and what to say when hovered over.
     """
-    size, left = 12, 8 + 7.5 * max(map(len, rows), default=0)
-    height, width = size * len(rows) + 4, left + size * columns + 4
+    left = 8 + 7.5 * max(map(len, rows), default=0)
+    height, width = ROW * len(rows) + 4, left + COLUMN * columns + 4
     parts = [
-        f'<text x="{left - 6:g}" y="{size * row + size - 2}" text-anchor="end">{escaped(name)}</text>'
-        f'<path class="axis" d="M{left:g} {size * (row + 1)}H{width:g}"/>'
+        f'<text x="{left - 6:g}" y="{ROW * row + ROW - 2}" text-anchor="end">{escaped(name)}</text>'
+        f'<path class="axis" d="M{left:g} {ROW * (row + 1)}H{width:g}"/>'
         for row, name in enumerate(rows)
     ]
     parts += [
-        f'<rect class="cell" x="{left + size * column + 1:g}" y="{size * row + 1}" width="{size - 2}" '
-        f'height="{size - 2}" fill-opacity="{0.25 + 0.75 * strength:.2f}">'
+        f'<rect class="cell" x="{left + COLUMN * column:g}" y="{ROW * row + 1}" width="{COLUMN - 1}" '
+        f'height="{ROW - 2}" fill-opacity="{0.25 + 0.75 * strength:.2f}">'
         f"<title>{escaped(label)}</title></rect>"
         for row, column, strength, label in marks
     ]

@@ -12,7 +12,12 @@ from sparsemem.study.explain_page import marked, printable, tables, verdict
 from sparsemem.study.figures import front
 from sparsemem.study.table import NOTHING
 
-MAX_COLUMNS = 150
+UNSHOWN = ("commit", "time", "message")
+"""Columns of `metrics_rows` that the table of updates has already."""
+
+SCORES = {"number": "update", "heldout_f1": "held-out F1", "seen_f1": "trained F1"}
+
+MAX_COLUMNS = 120
 """Slots a heatmap shows at most: those that are read with the most weight."""
 
 
@@ -44,8 +49,8 @@ def _summary(result: Mapping[str, Any]) -> str:
         return "Nothing yet: this is the memory as attached, before any update."
     num_facts = sum(len(update["facts"]) for update in updates)
     return (
-        f"{_counted(len(updates), 'update')} taught {_counted(num_facts, 'fact')}, from {updates[0]['time']} "
-        f"to {updates[-1]['time']}."
+        f"{_counted(len(updates), 'update')} taught {_counted(num_facts, 'fact')}, from "
+        f"{_time(updates[0]['time'])} to {_time(updates[-1]['time'])}."
     )
 
 
@@ -57,7 +62,7 @@ def _learned(result: Mapping[str, Any]) -> str:
             _cell(f"{update['number']}", "number"),
             _cell(f"{printable(update['message']) or NOTHING} ({update['id'][:10]})"),
             _cell(printable(update["author"])),
-            f'<td><time datetime="{escaped(update["time"])}">{escaped(update["time"])}</time></td>',
+            f'<td><time datetime="{escaped(update["time"])}">{escaped(_time(update["time"]))}</time></td>',
             _cell(f"{update['num_slots']:,}", "number"),
             _cell(f"{update['bytes']:,}", "number"),
             f"<td>{_facts(update)}</td>",
@@ -103,21 +108,23 @@ def _timeline(result: Mapping[str, Any]) -> str:
         values = [value for row in result["forgetting"] for value in row.values()]
         up = Axis("relative loss", low=min(0, *values), high=max(0.01, *values))
         drawn.append(chart(title, across, up, forgetting))
-    numbers_of = [
-        name for name in dict.fromkeys(k for row in rows for k in row) if name not in ("time", "commit")
+    scores = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in UNSHOWN]
+    lost = [f"{printable(name)} forgotten" for name in probes]
+    body = [
+        [*(_number(row.get(name)) for name in scores), *(_percent(losses.get(name)) for name in probes)]
+        for row, losses in zip(rows, result["forgetting"], strict=True)
     ]
-    lines = [[_number(row.get(name)) for name in numbers_of] for row in rows]
-    lost = [f"forgotten of {printable(name)}" for name in probes]
-    more = [[_percent(row.get(name)) for name in probes] for row in result["forgetting"]]
-    titles = [
-        printable(name.replace("_", " ")) if "." not in name else printable(name) for name in numbers_of
-    ]
-    body = [[*line, *extra] for line, extra in zip(lines, more, strict=True)]
     return f'<div class="pair">{"".join(drawn)}</div>\n' + table(
         "the same in numbers: before and after the update, and the share of right answers kept",
-        [*titles, *lost],
+        [*map(_score_title, scores), *lost],
         body,
     )
+
+
+def _score_title(name: str) -> str:
+    """Name a column of `metrics_rows` so that it folds: the probe first, then when."""
+    when, _, probe = name.partition(".")
+    return f"{printable(probe)} {when}" if probe else SCORES.get(name, name.replace("num_", ""))
 
 
 def _recall(result: Mapping[str, Any]) -> str:
@@ -350,7 +357,12 @@ def _cell(text: str, kind: str = "") -> str:
 def _number(value: Any) -> str:
     if value is None:
         return NOTHING
-    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _time(iso: str) -> str:
+    """Write a commit's time, which is UTC, to the minute."""
+    return f"{iso[:10]} {iso[11:16]} UTC" if iso.endswith("+00:00") else iso
 
 
 def _percent(value: float | None) -> str:
