@@ -83,6 +83,22 @@ def test_no_page_is_wider_than_its_screen(open_page, width, text):
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_nothing_is_cut_on_paper(open_page):
+    opened, _ = open_page(page(made_up("long words " * 10)), 720)
+    opened.emulate_media(media="print")
+    for one in opened.locator("details").all():
+        one.evaluate("one => { one.open = true; }")
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 720
+
+
+def test_a_reader_hears_a_table_on_a_phone_too(open_page, report):
+    opened, _ = open_page(report, 360)
+    table = opened.get_by_role("table", name="answers before and after all updates")
+    assert table.get_by_role("row").count() == 4
+    assert table.get_by_role("columnheader", name="question").count() == 1
+    assert table.get_by_role("cell").count() == 18
+
+
 def test_the_search_works_where_rows_are_cards(open_page, report):
     opened, _ = open_page(report, 360)
     opened.locator("#search").fill("cy")

@@ -50,7 +50,7 @@ def test_only_the_page_s_own_script_may_run():
 
 
 def test_numbers_stand_to_the_right_where_some_are_missing():
-    text = table("t", ("a", "b", "c"), [("x", "1", "\u2013"), ("2", "\u2013", "\u2013")])
+    text = table("t", ("a", "b", "c"), [("x", "+1", "\u2013"), ("2", "\u2013", "\u2013")])
     cells = Cells(text)
-    assert cells.rows == [["a", "b", "c"], ["x", "1", "\u2013"], ["2", "\u2013", "\u2013"]]
+    assert cells.rows == [["a", "b", "c"], ["x", "+1", "\u2013"], ["2", "\u2013", "\u2013"]]
     assert cells.classes == [None, "number", None] * 3

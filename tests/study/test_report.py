@@ -79,7 +79,6 @@ def test_answers_are_those_the_model_gives_before_and_after(taught):
     for row in found["rows"]:
         assert row["before"] == ask_folder(taught, row["question"], without="1", max_new_tokens=16)
         assert row["after"] == ask_folder(taught, row["question"], max_new_tokens=16)
-    # The tiny model says the same to anything it was not taught enough; more steps, and it would not.
     assert found["num_left_out"] == 0
     assert set(found["means"]) == {"trained", "held-out"}
 

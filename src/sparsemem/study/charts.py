@@ -13,7 +13,7 @@ from sparsemem.study.document import escaped
 STYLE = """
 .c0 { --c: #0072b2 } .c1 { --c: #c24f00 } .c2 { --c: #008060 } .c3 { --c: #b0508a } .c4 { --c: #a06c00 }
 .c5 { --c: #2a7fb5 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   .c0 { --c: #5ab4e8 } .c1 { --c: #f08a4b } .c2 { --c: #3cc79a } .c3 { --c: #e39ac4 } .c4 { --c: #e9b640 }
   .c5 { --c: #9ad4f5 }
 }
@@ -34,7 +34,7 @@ DASHES = ("", "7 4", "2 3", "9 3 2 3")
 SHAPES = ("M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "M-4.5-4.5h9v9h-9z", "M0-6L6 5H-6z", "M0-6L6 0 0 6-6 0z")
 WIDTH, HEIGHT = 420, 270
 ROW, COLUMN = 13, 7
-LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 60, 22, 12, 44
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --line: #c8c8d0; --dim: #5c5c66;
         --mark: 12 110 180; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #ececf1; --paper: #16161a; --line: #44444e; --dim: #a5a5b0; --mark: 90 180 250; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
@@ -25,6 +25,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0;
          text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .note { color: var(--dim); }
+@media print { :root { color-scheme: light; } }
 """
 
 
@@ -81,7 +82,7 @@ def scrolling(markup: str, label: str) -> str:
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
-    return any(cell[:1].isdigit() for cell in cells) and all(
+    return any(cell.lstrip("+-")[:1].isdigit() for cell in cells) and all(
         cell[:1].isdigit() or cell[:1] in "+-\u2013" for cell in cells
     )
 

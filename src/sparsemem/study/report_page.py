@@ -225,7 +225,7 @@ def _answers(result: Mapping[str, Any]) -> str:
         )  # fmt: skip
         rows.append(
             [
-                f'<td data-name="{name}">{escaped(printable(value)) or NOTHING}</td>'
+                f'<td role="cell" data-name="{name}">{escaped(printable(value)) or NOTHING}</td>'
                 for name, value in zip(names, values, strict=True)
             ]
         )
@@ -337,15 +337,20 @@ SECTIONS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
 def _markup_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], identity: str = ""
 ) -> str:
-    """Write a table whose cells are markup already."""
+    """Write a table whose cells are markup already.
+
+    Roles are said once more: what the style turns into cards on a phone is no table to a reader else.
+    """
     heads = "".join(
-        f'<th scope="col">{escaped(column)}</th>' if column else "<td></td>" for column in columns
+        f'<th scope="col" role="columnheader">{escaped(column)}</th>' if column else "<td></td>"
+        for column in columns
     )
-    head = f"<thead><tr>{heads}</tr></thead>" if any(columns) else ""
-    body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
+    head = f'<thead role="rowgroup"><tr role="row">{heads}</tr></thead>' if any(columns) else ""
+    body = "".join(f'<tr role="row">{"".join(row)}</tr>\n' for row in rows)
     named = f' id="{identity}"' if identity else ""
     return scrolling(
-        f"<table{named}>\n<caption>{escaped(title)}</caption>\n{head}\n<tbody>\n{body}</tbody>\n</table>",
+        f'<table role="table"{named}>\n<caption>{escaped(title)}</caption>\n{head}\n'
+        f'<tbody role="rowgroup">\n{body}</tbody>\n</table>',
         title,
     )
 
