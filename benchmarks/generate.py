@@ -3,9 +3,10 @@
     python benchmarks/generate.py
 
 On SmolLM2-135M, one sequence: a prompt of 256 tokens at once, then 24 tokens one by one. The rows of 1,000
-facts are made up: 256 slots of one row each, drawn among the slots that this very text reads, so that far
-more reads find a row than real facts cause (`reads_that_find_a_row`). LoRA is of rank 32 on all linear
-layers, as `learn --method lora` makes it.
+facts are made up: 256 slots of one row each, drawn among those that learning may choose (read by background
+text, but by 2 % of the documents at most). The prompt is of that text, so more of its reads find a row than
+those of other text would (`reads_that_find_a_row`). LoRA is of rank 32 on all linear layers, as `learn
+--method lora` makes it.
 """
 
 import copy
@@ -23,6 +24,7 @@ from sparsemem.memory.base_model import fingerprint
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 256, 24, 9
 NUM_FACTS, SLOTS_PER_FACT = 1000, 256
+MOST_DOCUMENTS = sparsemem.FinetuneConfig().max_document_frequency
 
 
 @torch.no_grad()
@@ -41,8 +43,9 @@ def teach(model: Any, usage: sparsemem.Usage) -> None:
     """Write the rows of made-up facts."""
     generator = torch.Generator().manual_seed(0)
     for name, pool in sparsemem.pools(model).items():
-        read = usage.pools[name].reads.nonzero().squeeze(1)
-        slots = read[torch.randperm(len(read), generator=generator)[: NUM_FACTS * SLOTS_PER_FACT]]
+        frequency = usage.pools[name].document_frequency
+        rare = ((frequency > 0) & (frequency <= MOST_DOCUMENTS * usage.num_documents)).nonzero().squeeze(1)
+        slots = rare[torch.randperm(len(rare), generator=generator)[: NUM_FACTS * SLOTS_PER_FACT]]
         rows = torch.randn(NUM_FACTS, pool.value_dim, generator=generator)
         pool.write(slots, rows.repeat_interleave(SLOTS_PER_FACT, dim=0)[: len(slots)])
 

@@ -19,20 +19,25 @@ def in_turn(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[st
     """Run each contender once to warm up, then all of them in turn.
 
     Returns:
-        By contender: `seconds` of each round, their `median_seconds`, and the `peak_bytes` that the first
-        run added to what was held before (None where the system does not tell).
+        By contender: `seconds` of each round and their `median_seconds`, the same of the processor's time
+        (which others' work on the machine hardly touches while there is one thread), and the `peak_bytes`
+        that the first run added to what was held before (None where the system does not tell).
     """
     peaks = {name: _peak_of(run) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    processor: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             run()
             seconds[name].append(time.perf_counter() - started)
+            processor[name].append(time.process_time() - used)
     return {
         name: {
             "median_seconds": statistics.median(of),
             "seconds": [round(s, 6) for s in of],
+            "median_processor_seconds": statistics.median(processor[name]),
+            "processor_seconds": [round(s, 6) for s in processor[name]],
             "peak_bytes": peaks[name],
         }
         for name, of in seconds.items()

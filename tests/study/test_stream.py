@@ -1,7 +1,11 @@
 import dataclasses
 import io
 import json
+import os
+import random
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -307,3 +311,31 @@ def test_following_learns_what_is_appended(folder, config, tmp_path):
         )
     assert learned.is_set()
     assert taught(folder) == ["Zed", "Quz"]
+
+
+def test_a_stream_that_is_killed_again_and_again_learns_each_row_once(folder, config, source):
+    chance, num_kills, done = random.Random(0), 0, False
+    while not done:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                stream(folder, source, batch_size=1, probes=[], config=config)
+                code = 0
+            finally:
+                os._exit(code)
+        deadline = time.monotonic() + (chance.uniform(0.1, 1.0) if num_kills < 8 else 60)
+        while time.monotonic() < deadline and not done:
+            done = os.waitpid(child, os.WNOHANG) == (child, 0)
+            time.sleep(0.005)
+        if not done:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            num_kills += 1
+        store = DeltaStore(folder)
+        assert verify(store) == []
+        store.database.close()
+    assert num_kills > 0
+    store = DeltaStore(folder)
+    by_commit = [store.details(commit.id)["facts"] for commit in reversed(store.log())]
+    assert [row["subject"] for rows in by_commit for row in rows] == list(NAMES)

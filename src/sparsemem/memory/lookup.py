@@ -1,6 +1,6 @@
 """Product-key lookup: the best slots of a table of N x N without scoring all of it.
 
-Shape letters: T tokens, H heads, N sub-keys per half, K top-k, Q half key dim.
+Shape letters: T tokens, H heads, P halves of all heads (H * 2), N sub-keys per half, K top-k, Q half key dim.
 
 A slot is a pair (a, b) of sub-keys; its score is the sum of both halves' scores, so the K best slots
 are among the K x K pairs of each half's K best sub-keys. Source: Lample et al. 2019
@@ -52,7 +52,13 @@ def sub_key_scores(queries_TH2Q: Tensor, keys_H2NQ: Tensor, bias_H2N: Tensor) ->
     Returns:
         Scores, shape (tokens, heads, 2, num_keys).
     """
-    return torch.einsum("thsq,hsnq->thsn", queries_TH2Q, keys_H2NQ) + bias_H2N
+    # One call that starts from the bias: a product and a sum would write all scores twice.
+    scores_PTN = torch.baddbmm(
+        bias_H2N.flatten(0, 1).unsqueeze(1),
+        queries_TH2Q.flatten(1, 2).transpose(0, 1),
+        keys_H2NQ.flatten(0, 1).transpose(1, 2),
+    )
+    return scores_PTN.view(*bias_H2N.shape[:2], *scores_PTN.shape[1:]).permute(2, 0, 1, 3)
 
 
 def product_key_top_k(scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -67,11 +73,13 @@ def product_key_top_k(scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     num_keys = scores_TH2N.shape[-1]
     per_half = min(top_k, num_keys)
-    half_scores_TH2K, half_ids_TH2K = scores_TH2N.topk(per_half, dim=-1)
-    first_scores_THK, second_scores_THK = half_scores_TH2K.unbind(dim=2)
-    first_ids_THK, second_ids_THK = half_ids_TH2K.unbind(dim=2)
-    pair_scores = first_scores_THK.unsqueeze(-1) + second_scores_THK.unsqueeze(-2)
-    scores_THK, pairs_THK = pair_scores.flatten(-2).topk(top_k, dim=-1)
-    rows_THK = first_ids_THK.gather(-1, pairs_THK // per_half)
-    columns_THK = second_ids_THK.gather(-1, pairs_THK % per_half)
-    return scores_THK, rows_THK * num_keys + columns_THK
+    # Tokens last but one, as the scores lie in memory.
+    half_scores_H2TK, half_ids_H2TK = scores_TH2N.permute(1, 2, 0, 3).topk(per_half, dim=-1)
+    first_scores_HTK, second_scores_HTK = half_scores_H2TK.unbind(dim=1)
+    first_ids_HTK, second_ids_HTK = half_ids_H2TK.unbind(dim=1)
+    pair_scores = first_scores_HTK.unsqueeze(-1) + second_scores_HTK.unsqueeze(-2)
+    scores_HTK, pairs_HTK = pair_scores.flatten(-2).topk(top_k, dim=-1)
+    rows_HTK = first_ids_HTK.gather(-1, pairs_HTK // per_half)
+    columns_HTK = second_ids_HTK.gather(-1, pairs_HTK % per_half)
+    slot_ids_HTK = rows_HTK * num_keys + columns_HTK
+    return scores_HTK.transpose(0, 1).contiguous(), slot_ids_HTK.transpose(0, 1).contiguous()
