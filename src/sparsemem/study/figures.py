@@ -1,5 +1,6 @@
 """Pictures of results. The only import of matplotlib."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,21 @@ def pareto(results: Results, path: Path, *, probe: str | None = None) -> list[Pa
         MissingDependencyError: matplotlib is not installed.
         OutputError: A file could not be written.
     """
+    drawn = pareto_points(results, probe)
+    return _save(_draw(drawn.points, drawn.across, drawn.up), path.with_suffix(""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pareto:
+    """Forgetting and learning of runs by method, and what the two directions measure."""
+
+    points: dict[str, list[Point]]
+    across: str
+    up: str
+
+
+def pareto_points(results: Results, probe: str | None = None) -> Pareto:
+    """Take from results what `pareto` draws; raises ConfigError as it does."""
     names = probe_names(results)
     if not names:
         raise ConfigError("nothing was probed for forgetting; give probes")
@@ -63,12 +79,11 @@ def pareto(results: Results, path: Path, *, probe: str | None = None) -> list[Pa
     if not points:
         raise ConfigError(f"no run has F1 of facts beside probe {probe!r}; give facts with questions")
     (measure,) = measures
-    figure = _draw(
+    return Pareto(
         points,
         across=f"forgetting: {WORDS[measure]} on {probe}, relative loss",
         up=f"learning: {' or '.join(dict.fromkeys(learned_by))}",
     )
-    return _save(figure, path.with_suffix(""))
 
 
 def recall_matrices(matrices: Mapping[str, Sequence[Sequence[float]]], path: Path) -> list[Path]:

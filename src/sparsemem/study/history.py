@@ -159,15 +159,29 @@ def _answers(
 ) -> list[dict[str, str]]:
     with console.progress(f"load {store.folder}"):
         model, tokenizer = load(store.folder, revision=revisions[0])
-    with console.progress("ask"):
-        before = answer_questions(model, tokenizer, asked, prompt=prompt)
-        delta.apply(pools(model))
-        after = answer_questions(model, tokenizer, asked, prompt=prompt)
+    before, after = ask_both(model, tokenizer, asked, delta, prompt=prompt)
     return [
         {"question": question, "old": old, "new": new}
         for question, old, new in zip(asked, before, after, strict=True)
         if old != new
     ]
+
+
+def ask_both(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[str],
+    delta: SparseDelta,
+    *,
+    prompt: PromptFormat = "qa",
+    max_new_tokens: int = 16,
+) -> tuple[list[str], list[str]]:
+    """Ask a model before and after a delta, which it has afterwards; answers in the order asked."""
+    with console.progress(f"ask {len(asked)} questions twice"):
+        before = answer_questions(model, tokenizer, asked, prompt=prompt, max_new_tokens=max_new_tokens)
+        delta.apply(pools(model))
+        after = answer_questions(model, tokenizer, asked, prompt=prompt, max_new_tokens=max_new_tokens)
+    return before, after
 
 
 def _probes(store: DeltaStore, commit_id: str | None) -> dict[str, Any]:

@@ -1,24 +1,36 @@
 """How full the memory of a folder is, what it takes, and what to do about it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsemem import console
+from sparsemem.config import MemoryConfig, from_json
 from sparsemem.data import load_texts
 from sparsemem.encode import token_batches
 from sparsemem.errors import DataError
+from sparsemem.files import read_tensors
 from sparsemem.memory.attach import memory_config, memory_layers, observe_reads, pools
-from sparsemem.memory.checkpoint import CONFIG_FILE, WEIGHTS_FILE, local_folder, read_header
+from sparsemem.memory.checkpoint import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    WEIGHTS_FILE,
+    local_folder,
+    read_header,
+)
 from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.slots.capacity import Capacity, measure_capacity, recommend
 from sparsemem.slots.usage import USAGE_FILE, load_usage
+from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
+from sparsemem.store.state import difference
 from sparsemem.study.explain import taught_updates
-from sparsemem.study.reads import firing_tokens, written_slots
+from sparsemem.study.reads import Taught, firing_tokens, written_slots
 
 ACTIONS = ("other keys", "more slots", "nothing")
 """What is recommended, the most pressing first."""
@@ -62,6 +74,35 @@ def plan_folder(folder: str | Path, background: Sequence[str] = ()) -> dict[str,
         )
         for name, pool in pools(model).items()
     }
+    return {
+        **_planned(folder, header, updates, capacities),
+        "memory_bytes": memory_bytes(model),
+    }
+
+
+def plan_stored(folder: str | Path) -> dict[str, Any]:
+    """Do as `plan_folder`, from the files alone: no model is loaded, and no `memory_bytes` are known."""
+    folder = local_folder(folder)
+    header = read_header(folder)
+    usage = load_usage(folder / USAGE_FILE)
+    updates = taught_updates(folder)
+    attached, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
+    quorum = from_json(MemoryConfig, {"quorum": 0.0, **header["memory"]}, folder / CONFIG_FILE).quorum
+    store = DeltaStore(folder)
+    # Not all that were ever written: what a revert took back holds nothing again.
+    changed = difference(store.state(None), store.state(store.head())).changes
+    capacities = {}
+    for name, of_pool in usage.pools.items():
+        written = attached[f"pools.{name}.slot_ids"]
+        if name in changed:
+            written = torch.cat([written, changed[name].slot_ids]).unique()
+        capacities[name] = measure_capacity(of_pool, written, written_slots(updates, name), quorum)
+    return _planned(folder, header, updates, capacities)
+
+
+def _planned(
+    folder: Path, header: Mapping[str, Any], updates: Sequence[Taught], capacities: dict[str, Capacity]
+) -> dict[str, Any]:
     action, reason = most_pressing(capacities)
     return {
         "num_updates": len(updates),
@@ -71,7 +112,6 @@ def plan_folder(folder: str | Path, background: Sequence[str] = ()) -> dict[str,
             for name, capacity in capacities.items()
         },
         "disk_bytes": disk_bytes(folder, list(header.get("bases", {}).values())),
-        "memory_bytes": memory_bytes(model),
         "recommendation": action,
         "reason": reason,
     }
