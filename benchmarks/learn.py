@@ -55,6 +55,7 @@ def main() -> None:
         attach_seconds = time.perf_counter() - started
         epochs = in_turn(args, folder)
     reached = {method: seconds_to(args.target, of) for method, of in epochs.items()}
+    of_processor = {m: seconds_to(args.target, of, "processor_seconds") for m, of in epochs.items()}
     own = reached["memory"]
     with_attach = None if own is None else own + attach_seconds
     ratios = {
@@ -62,6 +63,8 @@ def main() -> None:
         "full_over_memory_seconds": over(reached["full"], own),
         "lora_over_memory_and_attach_seconds": over(reached["lora"], with_attach),
         "full_over_memory_and_attach_seconds": over(reached["full"], with_attach),
+        "lora_over_memory_processor_seconds": over(of_processor["lora"], of_processor["memory"]),
+        "full_over_memory_processor_seconds": over(of_processor["full"], of_processor["memory"]),
         "memory_over_lora_peak_bytes": over(peak(epochs["memory"]), peak(epochs["lora"])),
         "memory_over_full_peak_bytes": over(peak(epochs["memory"]), peak(epochs["full"])),
     }
@@ -71,6 +74,8 @@ def main() -> None:
         "num_facts": len(facts_of(args)),
         "learning_rates": LEARNING_RATES,
         "seconds": reached,
+        "processor_seconds": of_processor,
+        "epochs_needed": {method: len(of) for method, of in epochs.items()},
         "attach_seconds": attach_seconds,
         "epochs": epochs,
     }
@@ -124,17 +129,21 @@ def work(args: argparse.Namespace, method: str, folder: str) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     restart_peak()
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
 
     def ask(trained: Any) -> None:
-        nonlocal started
-        done = {"seconds": round(time.perf_counter() - started, 2), "peak_bytes": peak_bytes()}
+        nonlocal started, processor
+        done = {
+            "seconds": round(time.perf_counter() - started, 2),
+            "processor_seconds": round(time.process_time() - processor, 2),
+            "peak_bytes": peak_bytes(),
+        }
         done["heldout_f1"] = recall(trained, tokenizer, facts, "qa").heldout_f1
         print(json.dumps(done), flush=True)
         if not sys.stdin.readline():
             sys.exit()
         restart_peak()
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
 
     sparsemem.finetune(model, tokenizer, facts, usage, config, evaluate=ask)
 
@@ -147,11 +156,11 @@ def facts_of(args: argparse.Namespace) -> list[sparsemem.Fact]:
     return sparsemem.load_facts(facts_path())[: args.num_facts]
 
 
-def seconds_to(target: float, epochs: list[dict[str, Any]]) -> float | None:
+def seconds_to(target: float, epochs: list[dict[str, Any]], kind: str = "seconds") -> float | None:
     """Seconds of training up to the target; None if it was not reached."""
     if epochs[-1]["heldout_f1"] < target:
         return None
-    return round(sum(epoch["seconds"] for epoch in epochs), 2)
+    return round(sum(epoch[kind] for epoch in epochs), 2)
 
 
 def peak(epochs: list[dict[str, Any]]) -> int | None:
