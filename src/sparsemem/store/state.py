@@ -83,17 +83,30 @@ def _replayed(parts: list[StoredRows]) -> PoolState:
     is_last[:-1] = ordered[1:] != ordered[:-1]
     is_first = torch.ones_like(is_last)
     is_first[1:] = is_last[:-1]
-    tables = []
-    for rows, index, chosen in (
-        ([p.after for p in parts], [p.after_index for p in parts], order[is_last]),
-        ([p.before for p in parts], [p.before_index for p in parts], order[is_first]),
-    ):
-        starts = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
-        places = torch.cat([of + start for of, start in zip(index, starts.tolist(), strict=True)])[chosen]
-        used, places = places.unique(return_inverse=True)
-        tables.append(Table(torch.cat(rows)[used], places))
-    now, attached = tables
-    return PoolState(ordered[is_last], now, attached, parts[0].num_slots)
+    now = _gathered([part.after for part in parts], [part.after_index for part in parts], order[is_last])
+    then = _gathered([part.before for part in parts], [part.before_index for part in parts], order[is_first])
+    return PoolState(ordered[is_last], now, then, parts[0].num_slots)
+
+
+def _gathered(tables: list[Tensor], indices: list[Tensor], chosen: Tensor) -> Table:
+    """Take the rows of some slots of several commits, each distinct row once.
+
+    Args:
+        tables: Rows of each commit.
+        indices: Which of them each of its slots has.
+        chosen: Places of slots in all indices put together.
+    """
+    starts = torch.tensor([0, *map(len, indices)]).cumsum(0)
+    by_commit, order = (torch.searchsorted(starts, chosen, right=True) - 1).sort(stable=True)
+    commits, sizes = by_commit.unique_consecutive(return_counts=True)
+    rows, index, num = [tables[0][:0]], torch.empty_like(chosen), 0
+    # Commit by commit: of a long history most rows were written over, and are not worth a copy.
+    for commit, places in zip(commits.tolist(), order.split(sizes.tolist()), strict=True):
+        used, which = indices[commit][chosen[places] - starts[commit]].unique(return_inverse=True)
+        rows.append(tables[commit][used])
+        index[places] = which + num
+        num += len(used)
+    return Table(torch.cat(rows), index)
 
 
 def stored(delta: SparseDelta, state: State) -> dict[str, StoredRows]:
