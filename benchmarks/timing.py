@@ -101,7 +101,7 @@ def publish(name: str, result: Mapping[str, Any], args: argparse.Namespace, **or
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        committed = json.loads(path.read_text(encoding="utf-8"))["ratios"] if path.is_file() else {}
+        committed = json.loads(path.read_text(encoding="utf-8")).get("ratios", {}) if path.is_file() else {}
         print(f"{name + ' (ratio of medians)':48} {'now':>8} {'committed':>10}")
         for ratio, value in result["ratios"].items():
             print(f"  {ratio:46} {_cell(value):>8} {_cell(committed.get(ratio)):>10}")
