@@ -32,7 +32,7 @@ WIDTHS = (256, 1024)
 NUM_TOKENS, NUM_HEADS, TOP_K, TOP_T = 1024, 4, 32, 500
 FULL_ROUNDS, ROUNDS = 3, 15
 LEARNING_RATE = 0.1
-TABLES_HELD = {"paper_mask": 4, "dense_mask_sgd": 2, "dense_mask_adamw": 5, "product_key_memory": 4}
+TABLES_HELD = {"paper_mask": 5, "dense_mask_sgd": 3, "dense_mask_adamw": 7, "product_key_memory": 5}
 """Tables of values, gradients, state and intermediates that a contender holds at its peak."""
 
 
