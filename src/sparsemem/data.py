@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,18 +201,19 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:line", row) of a .jsonl file, or of anything the `datasets` library reads."""
     path = Path(source)
     if path.suffix == ".jsonl":
-        yield from _jsonl_rows(path)
+        yield from jsonl_rows(_lines(path), path)
     elif path.suffix == ".txt":
         yield from ((f"{path}:{number}", {"text": line}) for number, line in _lines(path) if line.strip())
     else:
         yield from _dataset_rows(source)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in _lines(path):
+def jsonl_rows(lines: Iterable[tuple[int, str]], name: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("name:line", row) of numbered lines of JSONL; raises DataError for a line that is no object."""
+    for number, line in lines:
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        where = f"{name}:{number}"
         try:
             row = json.loads(line)
         except ValueError as error:

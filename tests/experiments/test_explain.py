@@ -1,19 +1,9 @@
-import json
-
 import pytest
 
 
 @pytest.fixture
 def measure(measure_of):
     return measure_of("explain")
-
-
-def test_the_answer_in_the_readme_is_that_of_the_file(measure):
-    result = json.loads(measure.RESULT.read_text(encoding="utf-8"))
-    readme = measure.README.read_text(encoding="utf-8")
-    assert measure.with_answer(readme, result) == readme
-    assert result["commit"]
-    assert result["data_sha"]
 
 
 def test_rates_are_of_texts_and_of_tokens(measure):

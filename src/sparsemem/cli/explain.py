@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.options import add_command
+from sparsemem.cli.options import add_folder_command
 
 STYLES = ("bold green", "bold cyan", "bold magenta", "bold yellow", "bold blue", "bold red")
 """One per update, over and over; its number stands beside the token too."""
@@ -14,14 +14,13 @@ STYLES = ("bold green", "bold cyan", "bold magenta", "bold yellow", "bold blue",
 
 def add_explain(commands: Any) -> None:
     """Add `explain`."""
-    parser = add_command(
+    parser = add_folder_command(
         commands,
         "explain",
         "show which learned slots the tokens of a text read, and what each update changes in what comes next",
         'sparsemem explain smol "Who composed Norway Waltz?" --question --html waltz.html',
         explain,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     parser.add_argument("text", metavar="TEXT", help="what to explain")
     parser.add_argument("--question", action="store_true", help="ask TEXT in the prompt that ask uses")
     parser.add_argument(

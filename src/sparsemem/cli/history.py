@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsemem import console
 from sparsemem.cli.model import add_prompt
-from sparsemem.cli.options import add_command
+from sparsemem.cli.options import add_folder_command
 from sparsemem.cli.tables import number, size
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def add_history(commands: Any) -> None:
 
 
 def _add_views(commands: Any) -> None:
-    log = _add(commands, "log", "list what was learned", "sparsemem log smol", show_log)
+    log = add_folder_command(commands, "log", "list what was learned", "sparsemem log smol", show_log)
     log.add_argument("revision", nargs="?", default="HEAD", metavar="REV", help="from where (default: HEAD)")
     form = log.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="learning and forgetting per update, as CSV")
@@ -31,10 +31,12 @@ def _add_views(commands: Any) -> None:
     )
     form.add_argument("--journal", action="store_true", help="everything ever done to branches and tags")
 
-    one = _add(commands, "show", "describe one update", "sparsemem show smol HEAD~1", show_commit)
+    one = add_folder_command(
+        commands, "show", "describe one update", "sparsemem show smol HEAD~1", show_commit
+    )
     one.add_argument("revision", nargs="?", default="HEAD", metavar="REV", help="which (default: HEAD)")
 
-    two = _add(
+    two = add_folder_command(
         commands,
         "diff",
         "say how two versions differ",
@@ -58,7 +60,7 @@ def _add_changes(commands: Any) -> None:
         ),
         ("merge", "take all that was learned on another branch", "sparsemem merge smol team-b", merge),
     ):
-        joins = _add(commands, name, summary, example, run)
+        joins = add_folder_command(commands, name, summary, example, run)
         joins.add_argument("revision", metavar="REV", help="which")
         joins.add_argument("-m", "--message", default="", metavar="TEXT", help="what this is")
         how = joins.add_mutually_exclusive_group()
@@ -68,13 +70,13 @@ def _add_changes(commands: Any) -> None:
 
 
 def _add_names(commands: Any) -> None:
-    checkout = _add(
+    checkout = add_folder_command(
         commands, "checkout", "go to another version or branch", "sparsemem checkout smol HEAD~1", check_out
     )
     checkout.add_argument("revision", metavar="REV", help='a version, a branch, or "attached"')
 
     for kind in ("branch", "tag"):
-        named = _add(
+        named = add_folder_command(
             commands,
             kind,
             f"list, make or delete a {kind}",
@@ -89,26 +91,22 @@ def _add_names(commands: Any) -> None:
 
 
 def _add_files(commands: Any) -> None:
-    _add(commands, "verify", "check every byte of a history", "sparsemem verify smol", verify)
-    _add(commands, "gc", "remove what no branch, tag or checkout needs", "sparsemem gc smol", gc)
+    add_folder_command(commands, "verify", "check every byte of a history", "sparsemem verify smol", verify)
+    add_folder_command(
+        commands, "gc", "remove what no branch, tag or checkout needs", "sparsemem gc smol", gc
+    )
 
-    export = _add(
+    export = add_folder_command(
         commands, "export", "write versions to one file", "sparsemem export smol smol.zip v1.1", export_
     )
     export.add_argument("file", metavar="FILE", help="the file to write")
     export.add_argument(
         "revisions", nargs="*", metavar="REV", help="versions (default: all branches and tags)"
     )
-    from_file = _add(
+    from_file = add_folder_command(
         commands, "import", "add the versions of a file", "sparsemem import smol smol.zip", import_
     )
     from_file.add_argument("file", metavar="FILE", help="a file made by export")
-
-
-def _add(commands: Any, name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
-    parser = add_command(commands, name, summary, example, run)
-    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
-    return parser
 
 
 def show_log(args: argparse.Namespace) -> None:

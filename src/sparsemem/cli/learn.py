@@ -5,7 +5,7 @@ from typing import Any
 
 from sparsemem import console
 from sparsemem.cli.model import add_probes, add_prompt
-from sparsemem.cli.options import add_command, add_config_options, config_from
+from sparsemem.cli.options import add_config_options, add_folder_command, config_from
 from sparsemem.cli.tables import show_report
 from sparsemem.config import FinetuneConfig
 from sparsemem.errors import ConfigError
@@ -13,14 +13,13 @@ from sparsemem.errors import ConfigError
 
 def add_learn(commands: Any) -> None:
     """Add `learn`."""
-    parser = add_command(
+    parser = add_folder_command(
         commands,
         "learn",
         "teach facts, measure learning and forgetting, commit the update",
         'sparsemem learn smol facts.jsonl -m "the new price list"\n  sparsemem learn smol --undo',
         learn,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     parser.add_argument(
         "facts", nargs="?", metavar="FACTS", help="facts or documents: .jsonl, .txt, .parquet, Hub"
     )
@@ -37,6 +36,11 @@ def add_learn(commands: Any) -> None:
         help="teach facts that contradict some taught before, in their place",
     )
     parser.add_argument("--out", metavar="DIR", help="save the model or adapter of a baseline method")
+    add_training(parser)
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that trains."""
     parser.add_argument(
         "--background", nargs="+", default=[], metavar="TEXT", help="ordinary text, for penalties and replay"
     )

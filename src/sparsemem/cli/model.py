@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.options import add_command, add_config_options, config_from
+from sparsemem.cli.options import add_command, add_config_options, add_folder_command, config_from
 from sparsemem.cli.tables import show_evaluation
 from sparsemem.config import MemoryConfig
 
@@ -61,17 +61,18 @@ def attach(args: argparse.Namespace) -> None:
 
 def add_ask(commands: Any) -> None:
     """Add `ask`."""
-    parser = add_command(
+    parser = add_folder_command(
         commands,
         "ask",
         "ask a question",
         'sparsemem ask smol "Who composed Norway Waltz?" --without last',
         ask,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     parser.add_argument("question", metavar="QUESTION", help="what to ask")
     parser.add_argument(
-        "--without", metavar="REV", help='answer as before that update: its number, "last", or its digest'
+        "--without",
+        metavar="REV",
+        help='answer as before that update: its number, "last", or the beginning of its id',
     )
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="where an answer is cut")
     add_prompt(parser)
@@ -96,14 +97,13 @@ def ask(args: argparse.Namespace) -> None:
 
 def add_evaluate(commands: Any) -> None:
     """Add `evaluate`."""
-    parser = add_command(
+    parser = add_folder_command(
         commands,
         "evaluate",
         "measure what a model knows of some facts, and its probes",
         "sparsemem evaluate smol --facts facts.jsonl --probes nq=nq_open.jsonl wiki=wiki.txt",
         evaluate,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     parser.add_argument("--facts", metavar="FACTS", help="facts to ask for")
     add_probes(parser)
     add_prompt(parser)

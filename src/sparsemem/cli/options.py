@@ -26,6 +26,15 @@ def add_command(commands: Any, name: str, summary: str, example: str, run: Any) 
     return parser
 
 
+def add_folder_command(
+    commands: Any, name: str, summary: str, example: str, run: Any
+) -> argparse.ArgumentParser:
+    """Add a command whose first argument is a memory folder."""
+    parser = add_command(commands, name, summary, example, run)
+    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
+    return parser
+
+
 def add_config_options(
     parser: argparse.ArgumentParser, cls: type, title: str, *, leave_out: Collection[str] = ()
 ) -> None:

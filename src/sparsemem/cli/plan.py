@@ -5,20 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.options import add_command
+from sparsemem.cli.options import add_folder_command
 from sparsemem.cli.tables import size
 
 
 def add_plan(commands: Any) -> None:
     """Add `plan`."""
-    parser = add_command(
+    parser = add_folder_command(
         commands,
         "plan",
         "show how full a memory is and what it takes, and recommend one thing",
         "sparsemem plan smol --background wiki.txt",
         plan,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     parser.add_argument(
         "--background", nargs="+", default=[], metavar="TEXT",
         help="ordinary text, to measure how much of it something learned answers to",

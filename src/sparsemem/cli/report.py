@@ -6,19 +6,18 @@ from typing import Any
 
 from sparsemem import console
 from sparsemem.cli.model import add_prompt
-from sparsemem.cli.options import add_command
+from sparsemem.cli.options import add_folder_command
 
 
 def add_report(commands: Any) -> None:
     """Add `report`."""
-    parser = add_command(
+    parser = add_folder_command(
         commands,
         "report",
         "write one HTML file that shows what was learned, what it cost and how full the memory is",
         "sparsemem report smol --out smol.html --compared compared",
         report,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), metavar="FILE",
         help="the file to write (default: report.html)",

@@ -5,38 +5,35 @@ import contextlib
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.model import add_probes, add_prompt
-from sparsemem.cli.options import add_command, add_config_options, config_from
+from sparsemem.cli.learn import add_training
+from sparsemem.cli.options import add_folder_command, config_from
 from sparsemem.config import FinetuneConfig
 
 
 def add_stream(commands: Any) -> None:
     """Add `stream` and the commands of its review queue."""
-    parser = add_command(
+    parser = add_folder_command(
         commands,
         "stream",
         "learn continually from a source, one commit per batch, never a row twice",
         "sparsemem stream smol facts.jsonl --follow --policy policy.yaml",
         stream,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     parser.add_argument("source", metavar="SOURCE", help="a .jsonl that may grow, a folder, or - for stdin")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="facts per update")
     parser.add_argument("--follow", action="store_true", help="wait for more at the end, until Ctrl-C")
     parser.add_argument("--propose", action="store_true", help="put the facts up for review, learn nothing")
     _add_learning(parser)
 
-    review = add_command(
+    review = add_folder_command(
         commands, "review", "list facts that wait for a decision", "sparsemem review smol", show_review
     )
-    review.add_argument("folder", metavar="DIR", help="folder made by attach")
     review.add_argument("--all", action="store_true", help="decided ones too")
     for name, summary, run in (
         ("approve", "learn facts that wait for review", approve),
         ("reject", "turn facts down for good", reject),
     ):
-        decides = add_command(commands, name, summary, f"sparsemem {name} smol 3f2a91", run)
-        decides.add_argument("folder", metavar="DIR", help="folder made by attach")
+        decides = add_folder_command(commands, name, summary, f"sparsemem {name} smol 3f2a91", run)
         decides.add_argument("facts", nargs="+", metavar="SHA", help='as review lists them, or "all"')
         if name == "approve":
             _add_learning(decides)
@@ -46,12 +43,7 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
     rules = parser.add_mutually_exclusive_group()
     rules.add_argument("--policy", metavar="YAML", help="budgets of forgetting, sources, contradictions")
     rules.add_argument("--no-policy", action="store_true", help="check nothing, whatever policy.yaml says")
-    parser.add_argument(
-        "--background", nargs="+", default=[], metavar="TEXT", help="ordinary text, for penalties and replay"
-    )
-    add_probes(parser)
-    add_prompt(parser)
-    add_config_options(parser, FinetuneConfig, "training")
+    add_training(parser)
 
 
 def stream(args: argparse.Namespace) -> None:

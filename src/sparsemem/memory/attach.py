@@ -165,14 +165,14 @@ def observe_reads(model: nn.Module, hook: BeforeRead, **inputs: Tensor) -> None:
     def hook_then_stop(layer: MemoryLayer, reads: Reads) -> None:
         hook(layer, reads)
         if layer is last:
-            raise _SeenEnough
+            raise SeenEnough
 
-    with before_read(model, hook_then_stop), contextlib.suppress(_SeenEnough):
+    with before_read(model, hook_then_stop), contextlib.suppress(SeenEnough):
         model(**inputs, use_cache=False)
 
 
-class _SeenEnough(Exception):  # noqa: N818 - not an error, it ends a pass early
-    pass
+class SeenEnough(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass early, when a hook has what it wanted."""
 
 
 def find_blocks(model: Any, path: str = "auto") -> nn.ModuleList:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsemem.encode import length_batches, token_lists
 from sparsemem.errors import ConfigError, DataError
-from sparsemem.memory.attach import before_read, memory_layers
+from sparsemem.memory.attach import SeenEnough, before_read, memory_layers
 from sparsemem.memory.layer import MemoryLayer, init_memory
 from sparsemem.prompts import background_documents
 
@@ -233,21 +233,17 @@ def _states_seen(
     def seen(layer: MemoryLayer, args: tuple[Tensor]) -> None:
         keep(layer, args[0])
         if layer is layers[-1]:
-            raise _SeenEnough
+            raise SeenEnough
 
     handles = [layer.register_forward_pre_hook(seen) for layer in layers]
     try:
         # An empty memory is called only while somebody wants to know its reads.
         nobody = before_read(model, lambda _layer, _reads: None)
-        with torch.no_grad(), nobody, contextlib.suppress(_SeenEnough):
+        with torch.no_grad(), nobody, contextlib.suppress(SeenEnough):
             yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _SeenEnough(Exception):  # noqa: N818 - not an error, it ends a pass early
-    pass
 
 
 @contextlib.contextmanager

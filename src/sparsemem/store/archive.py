@@ -10,14 +10,13 @@ from typing import Any
 from sparsemem.errors import CheckpointError, MissingFileError
 from sparsemem.files import check_format, write_atomically
 from sparsemem.memory.checkpoint import read_header
-from sparsemem.store.commits import COLUMNS, commit_digest, insert
+from sparsemem.store.commits import RECORD, commit_digest, insert
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.objects import parse_object
 
 FORMAT = "sparsemem-archive"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-NAMES = (*COLUMNS.split(", ")[1:], "details")
 
 
 def export(store: DeltaStore, path: Path, revisions: Sequence[str] = ()) -> int:
@@ -43,7 +42,7 @@ def export(store: DeltaStore, path: Path, revisions: Sequence[str] = ()) -> int:
     for target in refs.values():
         ids |= store.ancestors(target)
     records = {
-        row["id"]: {name: row[name] for name in NAMES}
+        row["id"]: {name: row[name] for name in RECORD}
         for row in store.database.rows("SELECT * FROM commits")
         if row["id"] in ids
     }
@@ -129,7 +128,7 @@ def _checked(archive: zipfile.ZipFile, path: Path) -> tuple[dict[str, Any], dict
         if not re.fullmatch(r"\w[\w./-]{0,200}", name) or target not in manifest["commits"]:
             raise CheckpointError(f"{path} names a version {name!r} that it does not hold; export it again")
     for commit_id, record in manifest["commits"].items():
-        if set(record) != set(NAMES) or commit_digest(record) != commit_id:
+        if set(record) != set(RECORD) or commit_digest(record) != commit_id:
             raise CheckpointError(f"{path}: commit {commit_id[:10]} is not what its id says; export it again")
         json.loads(record["details"])
         sha = record["object"]

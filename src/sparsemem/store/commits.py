@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 COLUMNS = "id, parent, second_parent, time, author, message, object, digest, num_slots"
+RECORD = (*COLUMNS.split(", ")[1:], "details")
+"""What names a commit: the columns behind its id."""
 
 FactRow = dict[str, Any]
 """A fact as it stands in a file of facts; only its "sha" where the text is kept out of the history."""
@@ -60,10 +62,9 @@ def canonical(value: Any) -> str:
 
 def insert(connection: sqlite3.Connection, commit_id: str, record: Mapping[str, Any]) -> None:
     """Add a commit to the table, unless it is there."""
-    names = [*COLUMNS.split(", ")[1:], "details"]
-    values = [commit_id, *(record[name] for name in names)]
+    values = [commit_id, *(record[name] for name in RECORD)]
     connection.execute(
-        f"INSERT OR IGNORE INTO commits (id, {', '.join(names)}) VALUES ({', '.join('?' * len(values))})",
+        f"INSERT OR IGNORE INTO commits (id, {', '.join(RECORD)}) VALUES ({', '.join('?' * len(values))})",
         values,
     )
 
@@ -81,6 +82,11 @@ def fact_rows(facts: Iterable[Any], *, hashed: bool = False) -> list[FactRow]:
         sha = hashlib.sha256(canonical(values).encode()).hexdigest()[:16]
         rows.append({"sha": sha} if hashed else {"sha": sha, **values})
     return rows
+
+
+def fact_text(row: FactRow) -> FactRow:
+    """What a row says of its fact; nothing where it keeps only the hash."""
+    return {name: value for name, value in row.items() if name != "sha"}
 
 
 def now() -> str:

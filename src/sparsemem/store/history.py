@@ -178,7 +178,6 @@ class DeltaStore:
                     f"({_name(parent)}, not {_name(after)}): something was committed or undone meanwhile; "
                     "learn again"
                 )
-            self._settle(connection)
             rows = stored(delta, self.state(parent))
             record = {
                 "parent": parent,
@@ -326,16 +325,13 @@ class DeltaStore:
             (now(), author(), action, ref, before, after),
         )
 
-    def _settle(self, connection: sqlite3.Connection) -> None:
-        staged = self.objects.staged()
-        marks = ", ".join("?" * len(staged))
-        known = connection.execute(f"SELECT object FROM commits WHERE object IN ({marks})", staged)
-        self.objects.settle({row["object"] for row in known})
-
     def settle(self) -> None:
         """Give objects of commits their place, and remove what killed processes left."""
         with self.database.writing() as connection:
-            self._settle(connection)
+            staged = self.objects.staged()
+            marks = ", ".join("?" * len(staged))
+            known = connection.execute(f"SELECT object FROM commits WHERE object IN ({marks})", staged)
+            self.objects.settle({row["object"] for row in known})
 
 
 def _name(commit_id: str | _Current | None) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 
 from sparsemem.errors import CheckpointError, SparsememError
 from sparsemem.memory.checkpoint import check_weights, read_header
-from sparsemem.store.commits import COLUMNS, commit_digest
+from sparsemem.store.commits import RECORD, commit_digest
 from sparsemem.store.history import DeltaStore
 
 
@@ -39,7 +39,7 @@ def verify(store: DeltaStore) -> list[str]:
         return [*problems, str(error)]
     objects = {}
     for commit_id, record in records.items():
-        content = {name: record[name] for name in (*COLUMNS.split(", ")[1:], "details")}
+        content = {name: record[name] for name in RECORD}
         if commit_digest(content) != commit_id:
             problems.append(f"commit {commit_id[:10]} is not what its id says; restore {store.database.path}")
         for parent in (record["parent"], record["second_parent"]):

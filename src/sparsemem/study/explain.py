@@ -20,7 +20,7 @@ from sparsemem.memory.delta import RowChange
 from sparsemem.prompts import SHOTS, qa_examples, qa_question
 from sparsemem.slots.alignment import last_writers
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
-from sparsemem.store.commits import FactRow, fact_rows
+from sparsemem.store.commits import FactRow, fact_rows, fact_text
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.study.reads import ReadRecorder, Taught, Token, name_facts, written_slots
@@ -92,8 +92,7 @@ def _facts_of(rows: Sequence[FactRow], given: Sequence[Fact]) -> tuple[Fact, ...
 
 
 def _readable(rows: Sequence[FactRow]) -> list[Fact]:
-    texts = [{name: value for name, value in row.items() if name != "sha"} for row in rows]
-    return [from_json(Fact, text, "history") for text in texts if text]
+    return [from_json(Fact, text, "history") for text in map(fact_text, rows) if text]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from sparsemem.memory.checkpoint import local_folder, read_header
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, load_usage
-from sparsemem.store.commits import Commit, FactRow
+from sparsemem.store.commits import Commit, FactRow, fact_text
 from sparsemem.store.history import ATTACHED, DeltaStore
 from sparsemem.store.load import load
 from sparsemem.store.merge import Change, Side, commit_change, describe, joined
@@ -200,7 +200,7 @@ def _commit(store: DeltaStore, revision: str) -> Commit:
 
 
 def _fact(row: FactRow) -> Fact:
-    values = {name: value for name, value in row.items() if name != "sha"}
+    values = fact_text(row)
     if not values:
         raise HistoryError(
             f"fact {row['sha']} is at stake, but the history keeps only its hash; settle with --ours or "

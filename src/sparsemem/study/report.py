@@ -25,7 +25,7 @@ from sparsemem.study.plan import plan_stored
 from sparsemem.study.provenance import provenance
 from sparsemem.study.results import load_results
 from sparsemem.study.table import comparison
-from sparsemem.study.timeline import metrics_rows
+from sparsemem.study.timeline import first_scores, metrics_rows
 
 NUM_HEATMAPS = 4
 """Facts whose questions are drawn slot by slot if no texts are given."""
@@ -93,14 +93,13 @@ def forgetting_rows(store: DeltaStore) -> list[dict[str, float]]:
     Returns:
         A dict a commit, the oldest first, of relative losses (positive is worse) by probe.
     """
-    first: dict[str, float] = {}
+    first = first_scores(store)
     rows = []
     for commit in reversed(store.log()):
         row = {}
         for name, probe in store.details(commit.id).get("report", {}).get("probes", {}).items():
-            before = first.setdefault(name, probe["before"])
             better = probe["metric"] not in LOWER_IS_BETTER
-            row[name] = forgetting(before, probe["after"], higher_is_better=better)
+            row[name] = forgetting(first[name], probe["after"], higher_is_better=better)
         rows.append(row)
     return rows
 

@@ -1,12 +1,11 @@
 """Where a stream of facts comes from: a file that grows, a folder, standard input."""
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sparsemem.data import LOCAL_SUFFIXES, Fact, load_facts, parse_fact
+from sparsemem.data import LOCAL_SUFFIXES, Fact, jsonl_rows, load_facts, parse_fact
 from sparsemem.errors import DataError, MissingFileError
 
 STDIN = "-"
@@ -85,14 +84,4 @@ class _Folder:
 
 
 def _parsed(lines: Iterable[tuple[int, str]], name: str) -> Iterator[Fact]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: not valid JSON ({error}); one object per line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a {type(row).__name__}, not an object; one object per line")
-        yield parse_fact(row, where)
+    return (parse_fact(row, where) for where, row in jsonl_rows(lines, name))

@@ -12,12 +12,13 @@ from sparsemem.errors import ConfigError
 from sparsemem.memory.checkpoint import read_header
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.store import proposals
-from sparsemem.store.commits import FactRow, fact_rows
+from sparsemem.store.commits import FactRow, fact_rows, fact_text
 from sparsemem.store.history import DeltaStore
 from sparsemem.study.measure import resolve_probes
 from sparsemem.study.policy import Policy, contradictions, softened
 from sparsemem.study.session import Attempt, Session
 from sparsemem.study.sources import facts_from
+from sparsemem.study.timeline import first_scores
 
 
 def stream(
@@ -168,6 +169,7 @@ class _Learner:
         self.session = self.session or Session(self.folder)
         earlier = self._drawn(taught)
         batch, self.faded = [*facts, *self.faded], []
+        attached = first_scores(self.store) if self.policy.max_total_forgetting else {}
         problems: list[str] = []
         for times in range(self.policy.retries + 1):
             attempt = self.session.attempt(
@@ -178,7 +180,8 @@ class _Learner:
                 prompt=self.prompt,
                 earlier=earlier,
             )
-            problems = self.policy.violations(attempt.report, self._scores_attached(attempt))
+            now = {name: probe["before"] for name, probe in attempt.report["probes"].items()}
+            problems = self.policy.violations(attempt.report, {**now, **attached})
             if not problems:
                 return self._commit(attempt, facts, earlier, replaced, times)
             self.session.take_back(attempt)
@@ -224,15 +227,6 @@ class _Learner:
         num = len(askable) if self.policy.retest < 0 else min(self.policy.retest, len(askable))
         return [_fact(row) for row in self.rng.sample(askable, num)]
 
-    def _scores_attached(self, attempt: Attempt) -> dict[str, float]:
-        """Scores of probes before anything was learned: those of the first update that measured them."""
-        scores: dict[str, float] = {}
-        if self.policy.max_total_forgetting:
-            for commit in reversed(self.store.log()):
-                probes = self.store.details(commit.id).get("report", {}).get("probes", {})
-                scores = {**{name: probe["before"] for name, probe in probes.items()}, **scores}
-        return {**{name: p["before"] for name, p in attempt.report["probes"].items()}, **scores}
-
 
 def _ever_seen(store: DeltaStore) -> set[str]:
     """Shas of all facts that were taught at any time (also if taken back since), refused or proposed."""
@@ -241,4 +235,4 @@ def _ever_seen(store: DeltaStore) -> set[str]:
 
 
 def _fact(row: FactRow) -> Fact:
-    return parse_fact({name: value for name, value in row.items() if name != "sha"}, row["sha"])
+    return parse_fact(fact_text(row), row["sha"])

@@ -37,6 +37,15 @@ def metrics_rows(store: DeltaStore, revision: str = "HEAD") -> list[dict[str, An
     return rows
 
 
+def first_scores(store: DeltaStore) -> dict[str, float]:
+    """Scores of probes before anything was learned: those of the first update that measured each."""
+    scores: dict[str, float] = {}
+    for commit in reversed(store.log()):
+        for name, probe in store.details(commit.id).get("report", {}).get("probes", {}).items():
+            scores.setdefault(name, probe["before"])
+    return scores
+
+
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Write rows as CSV, with all columns that any of them has."""
     columns = list(dict.fromkeys(name for row in rows for name in row)) or list(METRICS)
