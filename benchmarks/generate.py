@@ -89,7 +89,7 @@ def main() -> None:
             for kind, of in times.items()
         },
         "reads_that_find_a_row": found(taught, ids),
-        "rows_written": sum(pool.num_rows for pool in sparsemem.pools(taught).values()),
+        "slots_written": sum(len(pool.written_ids) for pool in sparsemem.pools(taught).values()),
         "times": times,
     }
     publish("generate", result, args, model_sha=sha)

@@ -30,8 +30,8 @@ class MemoryConfig:
     query_dim: int = 16
     """Width of half a key."""
     quorum: float = 0.33
-    """Share of a token's reads that must find a written slot for the full answer; fewer get less of it, and
-    with 0 every read counts alone. Of no effect with a base table, where every slot is written."""
+    """Share of a token's reads that must find one and the same row for its full answer; from half as many on
+    they get part of it, and with 0 every read counts alone. Of no effect with a base table."""
     value_dim: int | None = None
     """Width of a row; only placement="replace" may differ from the model's width."""
     shared_pool: bool = False

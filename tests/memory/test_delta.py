@@ -51,7 +51,7 @@ def same_rows(first, second):
 
 
 def overlay_of(these):
-    return {name: sorted(pool.row_slot_ids.tolist()) for name, pool in these.items()}
+    return {name: sorted(pool.written_ids.tolist()) for name, pool in these.items()}
 
 
 def test_recorder_makes_a_delta_of_the_rows_before_and_after():

@@ -54,28 +54,57 @@ def test_output_is_the_weighted_sum_of_the_rows_of_all_heads():
     torch.testing.assert_close(layer(hidden), expected)
 
 
-@pytest.mark.parametrize(("share", "agreement"), [(0.0, 0.0), (0.2, 0.064), (0.5, 1.0), (1.0, 1.0)])
-def test_reads_that_find_too_little_written_get_less_of_it(share, agreement):
-    layer = make_layer(quorum=0.5)
-    slot_ids = torch.arange(HEADS * TOP_K).unsqueeze(0)
-    weights = torch.full((1, HEADS * TOP_K), 0.0)
+def sparse_layer(quorum):
+    """A layer whose first slots hold: one row twice, another twice, two rows of their own, nothing."""
+    layer = make_layer(quorum=quorum)
     layer.pool = Pool(SLOTS, WIDTH)
-    layer.pool.write(slot_ids[0, :1], torch.ones(1, WIDTH))
-    weights[0, 0], weights[0, 1] = share * HEADS, (1 - share) * HEADS
-    torch.testing.assert_close(layer.agreement(slot_ids, weights), torch.tensor([[agreement]]))
+    layer.pool.write(torch.arange(6), torch.randn(4, WIDTH), torch.tensor([0, 0, 1, 1, 2, 3]))
+    return layer
 
 
-def test_all_heads_have_to_agree_and_the_whole_answer_is_scaled():
-    layer, plain = make_layer(quorum=1.0), make_layer()
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize(
+    ("shares", "agreement"),
+    [
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        ([0.2, 0.2, 0.0, 0.0, 0.0, 0.0], [0.6, 0.6, 0.0, 0.0, 0.0, 0.0]),
+        ([0.1, 0.1, 0.2, 0.3, 0.2, 0.1], [0.0, 0.0, 1.0, 1.0, 0.2, 0.2]),
+        ([0.6, 0.0, 0.1, 0.1, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_reads_count_with_those_that_find_the_same_row(shares, agreement, is_trained):
+    layer = sparse_layer(quorum=0.5)
+    if is_trained:
+        layer.pool.activate(torch.tensor([1, 0, 4]), torch.tensor([9, 9, 4]))
+    slot_ids = torch.arange(HEADS * TOP_K).unsqueeze(0)
+    weights = torch.tensor([shares]) * HEADS
+    found = layer.agreement(slot_ids, weights)
+    torch.testing.assert_close(found, torch.tensor([agreement]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [1, 256])
+def test_each_read_is_scaled_by_what_agrees_with_it(tokens_at_a_time, monkeypatch):
+    monkeypatch.setattr("sparsemem.memory.layer.TOKENS_AT_A_TIME", tokens_at_a_time)
+    layer, plain = sparse_layer(quorum=0.4), sparse_layer(quorum=0.0)
+    for some in (layer, plain):
+        some.pool.write(torch.arange(SLOTS), torch.randn(3, WIDTH), torch.arange(SLOTS) % 3)
     hidden = some_hidden(2, 3)
     slot_ids, weights = layer.lookup(hidden)
-    emptied = torch.arange(0, SLOTS, 3)
-    for pool in (layer.pool, plain.pool):
-        pool.write(emptied, torch.zeros(len(emptied), WIDTH))
-    written = layer.pool.holds(slot_ids)
-    share = (weights * written).sum(dim=(2, 3)) / HEADS
-    assert 0 < share.min() < share.max() <= 1
-    torch.testing.assert_close(layer(hidden), plain(hidden) * share.unsqueeze(-1) ** 3)
+    agreement = layer.agreement(slot_ids.flatten(0, 1).flatten(1), weights.flatten(0, 1).flatten(1))
+    scaled = weights * agreement.view_as(weights)
+    assert 0 < scaled.sum() < weights.sum()
+    rows = layer.pool.current(slot_ids.flatten()).view(*slot_ids.shape, WIDTH)
+    torch.testing.assert_close(layer(hidden), (scaled.unsqueeze(-1) * rows).sum(dim=(2, 3)))
+
+
+def test_what_too_few_reads_find_is_exactly_nothing():
+    layer = sparse_layer(quorum=1.0)
+    hidden = some_hidden(200, 1)[:, 0]
+    slot_ids, weights = (tensor.flatten(1) for tensor in layer.lookup(hidden))
+    is_answered = layer.agreement(slot_ids, weights).any(dim=1)
+    finds = torch.isin(slot_ids, layer.pool.written_ids).any(dim=1)
+    assert (finds & ~is_answered).any()
+    assert torch.equal(layer(hidden).any(dim=1), is_answered)
 
 
 def test_weights_are_a_softmax_over_the_slots_read_in_float32():

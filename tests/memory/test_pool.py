@@ -209,7 +209,7 @@ def test_activating_again_keeps_what_the_first_selection_learned(with_base):
         assert same_bits(pool.current(EVERY), expected)
     pool.deactivate()
     assert same_bits(pool.current(EVERY), expected)
-    assert sorted(pool.row_slot_ids.tolist()) == [2, 3, 5, 8]
+    assert sorted(pool.written_ids.tolist()) == [2, 3, 5, 8]
 
 
 @with_and_without_base
@@ -218,7 +218,7 @@ def test_writing_the_base_row_drops_the_overlay_row(with_base):
     base = pool.current(EVERY)
     pool.write(torch.tensor([3, 9, 1]), random_rows(3))
     pool.write(torch.tensor([9, 4]), base[[9, 4]])
-    assert sorted(pool.row_slot_ids.tolist()) == [1, 3]
+    assert sorted(pool.written_ids.tolist()) == [1, 3]
     expected = base.clone()
     expected[[3, 9, 1]] = random_rows(3)
     expected[9] = base[9]
@@ -264,8 +264,10 @@ def test_pool_behaves_as_a_dense_table_and_stays_minimal(with_base, actions):
             pool.write(chosen, expected[chosen])
         assert same_bits(pool.current(EVERY), expected)
         differing = (bits(expected) != bits(base)).any(dim=1).nonzero().flatten()
-        assert sorted(pool.row_slot_ids.tolist()) == differing.tolist()
-        assert torch.equal(pool.slot_to_row[pool.row_slot_ids].long(), torch.arange(pool.num_rows))
+        assert sorted(pool.written_ids.tolist()) == differing.tolist()
+        distinct = {tuple(row) for row in bits(expected)[differing].tolist()}
+        assert len(pool.rows) == pool.num_rows == len(distinct)
+        assert pool.holders.sum() == len(differing)
 
 
 @with_and_without_base
@@ -276,8 +278,8 @@ def test_state_dict_round_trip_into_a_pool_with_other_rows(with_base):
     state = pool.state_dict()
     other.load_state_dict(state)
     assert same_bits(other.current(EVERY), pool.current(EVERY))
-    assert sorted(other.row_slot_ids.tolist()) == [1, 3, 9]
-    assert set(state) == {"rows", "row_slot_ids"}
+    assert sorted(other.written_ids.tolist()) == [1, 3, 9]
+    assert set(state) == {"rows", "slot_ids", "slot_rows"}
     other.write(torch.tensor([3]), random_rows(1, seed=6))
     assert same_bits(pool.current(torch.tensor([3])), random_rows(3)[:1])
 
@@ -353,23 +355,22 @@ def test_slot_outside_the_pool_is_named_and_nothing_changes(action, slot_id):
     with pytest.raises(PoolMismatchError, match=rf"slot {slot_id} .* {SLOTS} slots"):
         pool.write(slot_ids, random_rows(2)) if action == "write" else getattr(pool, action)(slot_ids)
     assert pool.active is None
-    assert pool.row_slot_ids.tolist() == [2]
+    assert pool.written_ids.tolist() == [2]
 
 
 @pytest.mark.parametrize("with_base", [False, True])
 def test_rows_can_be_others_for_a_while_and_are_the_very_same_afterwards(with_base):
     pool = make_pool(with_base)
     pool.write(torch.tensor([2, 5, 7]), random_rows(3, seed=3))
-    tensors = pool.rows, pool.row_slot_ids, pool.slot_to_row
+    tensors = pool.rows, pool.holders, pool.slot_to_row
     before = [tensor.clone() for tensor in tensors]
     rows = torch.stack([pool._base_rows(EVERY)[5], random_rows(1)[0]])
     with contextlib.suppress(KeyError), pool.overwritten(torch.tensor([5, 9]), rows):
-        assert pool.row_slot_ids.tolist() == [2, 7, 9]
+        assert pool.written_ids.tolist() == [2, 7, 9]
         assert same_bits(pool.current(torch.tensor([9])), random_rows(1))
         raise KeyError
     assert all(
-        now is then
-        for now, then in zip((pool.rows, pool.row_slot_ids, pool.slot_to_row), tensors, strict=True)
+        now is then for now, then in zip((pool.rows, pool.holders, pool.slot_to_row), tensors, strict=True)
     )
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
 
@@ -383,7 +384,7 @@ def test_rows_that_are_appended_are_not_copied_each_time():
         assert pool.rows.shape == (start + 10, 8)
     assert len(copies) < 20
     assert torch.equal(pool.rows, expected)
-    assert torch.equal(pool.row_slot_ids, torch.arange(1000))
+    assert torch.equal(pool.written_ids, torch.arange(1000))
 
 
 def test_a_copy_of_a_pool_has_room_of_its_own():

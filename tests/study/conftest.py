@@ -10,7 +10,7 @@ from sparsemem.files import write_jsonl
 from sparsemem.study.attach import attach_to_folder
 from sparsemem.study.run import RunSpec
 
-SHAPE = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4)
+SHAPE = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4, quorum=0.1)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from tests.study.conftest import SHAPE
 
 from sparsemem.config import MemoryConfig, to_json
 from sparsemem.data import Fact
@@ -67,7 +68,7 @@ def test_tokens_make_up_the_text_and_say_what_they_read(parts):
         assert {slot["slot"] for slot in token["slots"]} <= set(slot_ids.tolist())
         assert token["fires"] == (bool(token["slots"]) and token["agreement"] >= FIRES_FROM)
         share = sum(slot["share"] for slot in token["slots"])
-        assert token["agreement"] == pytest.approx(min(1, share / 0.33) ** 3, abs=1e-6)
+        assert token["agreement"] == pytest.approx(max(0, min(1, 2 * share / SHAPE.quorum - 1)), abs=1e-6)
         assert all(slot["document_frequency"] == int(frequency[slot["slot"]]) for slot in token["slots"])
     assert any(token["num_written"] == 8 for token in result["tokens"])
 
@@ -154,7 +155,7 @@ def test_a_slot_found_by_accident_does_not_fire(parts):
             shares[slot["slot"]] = max(shares.get(slot["slot"], 0), slot["share"])
     update.delta.invert().apply(pools(model))
     least = min(shares, key=shares.get)
-    assert 2 * shares[least] / 0.33 < FIRES_FROM ** (1 / 3), "both heads together must stay below"
+    assert 4 * shares[least] / SHAPE.quorum - 1 < FIRES_FROM, "both heads together must stay below"
     update = write(model, torch.tensor([least]), 0, "1")
     result = explain(model, tokenizer, usage, [update], text)
     assert sum(token["num_written"] for token in result["tokens"]) > 0

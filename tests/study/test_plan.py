@@ -30,7 +30,7 @@ def test_figures_are_those_of_the_folder(folder, facts, config):
     result = plan_folder(folder)
     assert (result["num_updates"], result["num_facts"]) == (2, 2)
     model, _ = load(folder)
-    written = pools(model)["layer_1"].row_slot_ids
+    written = pools(model)["layer_1"].written_ids
     store = DeltaStore(folder)
     first, second = (store.delta(commit.id).changes["layer_1"].slot_ids for commit in store.log())
     usage = load_usage(folder / USAGE_FILE).pools["layer_1"]
@@ -39,7 +39,7 @@ def test_figures_are_those_of_the_folder(folder, facts, config):
     assert pool["fill"] == len(written) / 64
     assert pool["num_shared"] == len(set(first.tolist()) & set(second.tolist()))
     assert pool["hit_share"] == pytest.approx(int(usage.reads[written].sum()) / int(usage.reads.sum()))
-    assert result["memory_bytes"]["rows"] == len(written) * (32 * 4 + 8)
+    assert result["memory_bytes"]["rows"] == pools(model)["layer_1"].num_rows * (32 * 4 + 4)
     assert result["memory_bytes"]["keys"] == sum(
         p.numel() * 4 for name, p in model.named_parameters() if ".memory." in name
     )
@@ -48,22 +48,15 @@ def test_figures_are_those_of_the_folder(folder, facts, config):
     assert result["disk_bytes"]["history"] > 0
     assert result["disk_bytes"]["usage"] == (folder / USAGE_FILE).stat().st_size
     assert result["recommendation"] in ("nothing", "more slots", "other keys")
-    assert torch.equal(written, pools(load(folder)[0])["layer_1"].row_slot_ids)
+    assert torch.equal(written, pools(load(folder)[0])["layer_1"].written_ids)
 
 
-def capacity(hit_share=0.01, hub_share=0.1, accident=0.0):
-    return Capacity(
-        num_slots=100,
-        num_written=10,
-        num_shared=0,
-        hub_share=hub_share,
-        hit_share=hit_share,
-        accident=accident,
-    )
+def capacity(hub_share=0.1, num_written=10):
+    return Capacity(num_slots=100, num_written=num_written, num_shared=0, hub_share=hub_share, hit_share=0.01)
 
 
 def test_the_pool_that_needs_most_is_named():
-    pools = {"layer_1": capacity(accident=0.5), "layer_2": capacity(hub_share=0.9), "layer_3": capacity()}
+    pools = {"layer_1": capacity(num_written=80), "layer_2": capacity(hub_share=0.9), "layer_3": capacity()}
     action, reason = most_pressing(pools)
     assert action == "other keys"
     assert reason.startswith("layer_2: ")

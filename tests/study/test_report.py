@@ -23,7 +23,7 @@ MATRIX = [[0.9], [0.5, 1.0]]
 def taught(folder, facts, config, tmp_path):
     """Two updates, measured with a probe of each direction."""
     write_jsonl(tmp_path / "closed.jsonl", [{"question": "Who ran?", "answers": ["Bo"]}])
-    write_jsonl(tmp_path / "plain.jsonl", [{"text": "The baker ran to the market."}])
+    write_jsonl(tmp_path / "plain.jsonl", [{"text": "Zed ran to the market with Rax."}])
     probes = [f"closed={tmp_path / 'closed.jsonl'}", f"plain={tmp_path / 'plain.jsonl'}"]
     learn(folder, facts, probes=probes, config=config, message="one")
     learn(folder, [Fact(question="Who is Rax?", answer="Cy")], probes=probes, config=config, message="two")

@@ -175,7 +175,7 @@ def rows_and_slots(delta):
 def large(tiny_model, tiny_tokenizer, texts):
     """A memory in which facts choose different slots, and its background usage."""
     model = attach_memory(
-        tiny_model, MemoryConfig(layers=(1,), num_keys=64, num_heads=2, top_k=4, query_dim=4)
+        tiny_model, MemoryConfig(layers=(1,), num_keys=64, num_heads=2, top_k=4, query_dim=4, quorum=0.1)
     )
     return model, count_usage(model, tiny_tokenizer, texts, **USAGE_OPTIONS)
 
@@ -228,7 +228,7 @@ def test_no_other_fact_pulls_at_the_slots_of_a_fact(large, tiny_tokenizer, facts
     first, both = rows_after(facts[:2]), rows_after(facts)
     assert len(first) < len(both)
     # A step is 0.05; what is left is the order of a sum.
-    assert all((row - both[slot_id]).abs().max() < 0.001 for slot_id, row in first.items())
+    assert all((row - both[slot_id]).abs().max() < 0.005 for slot_id, row in first.items())
 
 
 def test_a_later_update_leaves_the_slots_of_earlier_ones_alone(large, tiny_tokenizer, facts, config):

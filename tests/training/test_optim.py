@@ -78,17 +78,18 @@ def test_rows_outside_the_selection_keep_every_bit(pool, start, name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_tied_rows_move_as_the_one_row_they_are(pool, start, name, options):
-    slot_ids, grads = torch.tensor([2, 7, 9]), gradients(10)
-    pool.write(torch.tensor([9]), start[[2]])
-    optimizer = SlotOptimizer({"p": pool}, name, lr=0.05, **options)
-    optimizer.ties["p"] = torch.tensor([4, -1, 4])
-    train(pool, optimizer, [slot_ids] * 10, grads)
-    summed = torch.stack([grads[:, 2] + grads[:, 9], grads[:, 7]], dim=1)
-    expected = stock(name, start[[2, 7]], summed, **options)
-    rows = pool.current(slot_ids)
-    torch.testing.assert_close(rows[:2], expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(rows[0], rows[2])
+def test_state_follows_the_tag_of_a_row_whatever_slots_hold_it(pool, start, name, options):
+    selections = [([2, 9], [50, 50]), ([7, 4], [7, 60]), ([7, 2], [7, 50]), ([2], [50])]
+    optimizer, grads = SlotOptimizer({"p": pool}, name, lr=0.05, **options), gradients(4)
+    for (slot_ids, tags), grad in zip(selections, grads, strict=True):
+        active = pool.activate(torch.tensor(slot_ids), torch.tensor(tags))
+        active.grad = grad[: len(active)].clone()
+        optimizer.step()
+    pool.deactivate()
+    expected = stock(name, start[2], torch.stack([grads[0][0], grads[2][1], grads[3][0]]), **options)
+    torch.testing.assert_close(pool.current(torch.tensor([2]))[0], expected, rtol=1e-5, atol=1e-6)
+    expected = stock(name, start[7], torch.stack([grads[1][0], grads[2][0]]), **options)
+    torch.testing.assert_close(pool.current(torch.tensor([7]))[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_each_pool_has_its_own_state(pool, start):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsemem.errors import CheckpointError, PoolMismatchError
 from sparsemem.files import read_tensors, write_tensors
-from sparsemem.memory.pool import Pool
+from sparsemem.memory.pool import Pool, distinct
 
 FORMAT = "sparsemem-delta"
 FORMAT_VERSION = 2
@@ -203,26 +203,6 @@ class DeltaRecorder:
                 pool = self.pools[name]
                 changes[name] = RowChange(ids, rows, pool.current(ids).cpu(), pool.num_slots)
         return SparseDelta(changes)
-
-
-def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the rows that differ in a bit, in the order they come, and which of them each row is.
-
-    Args:
-        rows: On the CPU, shape (rows, width).
-
-    Returns:
-        Shapes (distinct rows, width) and (rows,), int64.
-    """
-    places: dict[bytes, int] = {}
-    first: list[int] = []
-    index: list[int] = []
-    for number, row in enumerate(rows.contiguous().numpy()):
-        place = places.setdefault(row.tobytes(), len(first))
-        if place == len(first):
-            first.append(number)
-        index.append(place)
-    return rows[first], torch.tensor(index, dtype=torch.int64)
 
 
 def _rows(tensors: Mapping[str, Tensor], part: str, name: str, version: int) -> Tensor:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from sparsemem.memory.lookup import best_slots
-from sparsemem.memory.pool import Pool
+from sparsemem.memory.pool import NOTHING, Pool
 
 Placement = Literal["add", "replace"]
+
+TOKENS_AT_A_TIME = 256
+"""Tokens whose reads are compared with one another at a time, R * R numbers each."""
 
 
 class Reads(NamedTuple):
@@ -40,16 +43,17 @@ counted and slots are chosen."""
 class MemoryLayer(nn.Module):
     """A sparse key-value memory over a hidden state.
 
-    `y = c a sum_i softmax(scores)_i v_i` over the top-k slots of each head, heads summed, where the
-    constant c (`value_scale`, 1 unless fitted) is the size of what y is added to. The
-    agreement `a = min(1, m / quorum)^3` says how sure the memory is that it knows this state: m is the
-    share of the token's reads, by weight, that find a slot that holds something. A name that was learned
-    finds a good part of its slots written in any wording; other text hits one now and then, which would
-    add up as the memory fills. With a base table every slot holds something, and a is 1. With
-    `placement="add"` the output is y, to be added beside the feed-forward network; with "replace" it
-    is the gated `(y * silu(x W1)) W2` of Memory+ (Berges et al. 2024, arXiv:2412.09764), which takes
-    the network's place. Queries, keys and rows are float32 whatever the backbone's dtype, so that
-    the same hidden state always reads the same slots.
+    `y = c sum_i a_i softmax(scores)_i v_i` over the top-k slots of each head, heads summed, where the
+    constant c (`value_scale`, 1 unless fitted) is the size of what y is added to. The agreement
+    `a = 2 m / quorum - 1`, within 0 and 1, says how sure the memory is that it knows this state: m is
+    the share of the token's reads, by weight, that find the same row. A name that was learned finds a
+    good part of its slots in any wording. Other text hits one now and then, more often as the memory
+    fills, but seldom two of one row: it gets nothing, not a little, so that its logits stay the same bit
+    for bit. Slots that share their row with no other count together. With a base table every slot holds
+    something, and a is 1. With `placement="add"` the output is y, to be added beside the feed-forward
+    network; with "replace" it is the gated `(y * silu(x W1)) W2` of Memory+ (Berges et al. 2024,
+    arXiv:2412.09764), which takes the network's place. Queries, keys and rows are float32 whatever the
+    backbone's dtype, so that the same hidden state always reads the same slots.
 
     Args:
         hidden_size: Width D of the model.
@@ -59,7 +63,8 @@ class MemoryLayer(nn.Module):
         top_k: Slots read per head.
         query_dim: Width of half a key.
         placement: "add" or "replace".
-        quorum: Share of a token's reads that must find something for the full answer; 0 asks for none.
+        quorum: Share of a token's reads that must find one row for the full answer, with half of which it
+            gets nothing; 0 asks for none.
         block_index: The block it sits in.
         pool_name: Name of the pool in usage, deltas and files; layers that share a pool share it.
     """
@@ -116,7 +121,7 @@ class MemoryLayer(nn.Module):
                 self.before_read(self, Reads(hidden, slot_ids, weights))
             reads = self.num_heads * self.top_k
             slot_ids_TR, weights_TR = slot_ids.view(-1, reads), weights.reshape(-1, reads)
-            if self.quorum:
+            if self.quorum and self.pool.base is None:
                 weights_TR = weights_TR * self.agreement(slot_ids_TR, weights_TR)
             y_TV = self.pool.read(slot_ids_TR, weights_TR) * self.value_scale
             if self.gate is not None and self.out is not None:
@@ -125,20 +130,31 @@ class MemoryLayer(nn.Module):
         return y_TV.view(hidden.shape).to(hidden.dtype)
 
     def agreement(self, slot_ids_TR: Tensor, weights_TR: Tensor) -> Tensor:
-        """Say how much each token's reads agree that there is something to say.
+        """Say how much the other reads of its token agree with each read.
 
         Args:
             slot_ids_TR: Slots read, shape (tokens, heads * top_k).
             weights_TR: Weight of each read, same shape; those of a head sum to 1.
 
         Returns:
-            Shape (tokens, 1), 0 to 1; 1 everywhere without a quorum.
+            Shape (tokens, heads * top_k), 0 to 1; without a quorum, or over a base table, 1 where a slot
+            holds something.
         """
+        groups_TR = self.pool.groups(slot_ids_TR)
+        holds_TR = (groups_TR != NOTHING).to(weights_TR.dtype)
+        if self.pool.base is not None:
+            return torch.ones_like(holds_TR)
         if not self.quorum:
-            return weights_TR.new_ones(len(weights_TR), 1)
-        found_TR = weights_TR * self.pool.holds(slot_ids_TR)
-        share_T1 = found_TR.sum(dim=1, keepdim=True) / self.num_heads
-        return (share_T1 / self.quorum).clamp(max=1) ** 3
+            return holds_TR
+        found_TR = weights_TR * holds_TR / self.num_heads
+        agreement_TR = torch.zeros_like(found_TR)
+        # Where all that is found is too little, no part of it is enough.
+        tokens = (2 * found_TR.sum(dim=1) > self.quorum).nonzero().squeeze(1)
+        for some in tokens.split(TOKENS_AT_A_TIME):
+            same_SRR = groups_TR[some].unsqueeze(2) == groups_TR[some].unsqueeze(1)
+            share_SR = (same_SRR.to(found_TR.dtype) @ found_TR[some].unsqueeze(2)).squeeze(2)
+            agreement_TR[some] = (2 * share_SR / self.quorum - 1).clamp(0, 1)
+        return agreement_TR
 
     def is_silent(self) -> bool:
         """Whether the output is known to be zero, so that nothing needs to be computed."""

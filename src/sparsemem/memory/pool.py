@@ -4,12 +4,13 @@ Shape letters: T tokens, K reads per token, S slots, V value dim, R overlay rows
 
 A slot's row is looked for in three places: among the `active` rows that are being trained, in the
 overlay of rows that were ever written, and in the base table that never is (zeros when absent). One
-int32 per slot says where: -1 base, r >= 0 overlay row r, r <= -2 active row -2 - r.
+int32 per slot says where: -1 base, r >= 0 overlay row r, r <= -2 active row -2 - r. Many slots may hold
+one row, which then takes the memory of one.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,24 @@ IN_BASE = -1
 """`slot_to_row` of a slot that was never written."""
 FIRST_ACTIVE = -2
 """`slot_to_row` of the first active row; the next is one less."""
+NOTHING = IN_BASE
+"""Group of a slot that was never written."""
+
+
+class Selection(NamedTuple):
+    """The slots that are being trained.
+
+    Args:
+        slot_ids: Shape (slots,), int64.
+        row_of: Active row of each, same shape.
+        tags: The number each active row goes by, which outlives the selection; shape (active rows,).
+        holders: How many slots hold each active row, same shape.
+    """
+
+    slot_ids: Tensor
+    row_of: Tensor
+    tags: Tensor
+    holders: Tensor
 
 
 class Pool(nn.Module):
@@ -38,7 +57,7 @@ class Pool(nn.Module):
 
     slot_to_row: Tensor
     rows: Tensor
-    row_slot_ids: Tensor
+    holders: Tensor
 
     def __init__(self, num_slots: int, value_dim: int, base: Tensor | None = None) -> None:
         super().__init__()
@@ -52,15 +71,14 @@ class Pool(nn.Module):
         # In a list, so that `model.to(...)` leaves a memory-mapped table alone and no state dict
         # holds it: it is a file of its own.
         self._base = [base]
-        # Not in the state dict either, since it follows from the slot ids.
+        # A state dict has the written slots in place of these: see `_save_to_state_dict`.
         self.register_buffer(
             "slot_to_row", torch.full((num_slots,), IN_BASE, dtype=torch.int32), persistent=False
         )
-        self.register_buffer("rows", torch.zeros(0, value_dim))
-        self.register_buffer("row_slot_ids", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("rows", torch.zeros(0, value_dim), persistent=False)
+        self.register_buffer("holders", torch.zeros(0, dtype=torch.int32), persistent=False)
         self.active: nn.Parameter | None = None
-        self.active_ids: Tensor | None = None
-        self._places_before: Tensor | None = None
+        self.selection: Selection | None = None
 
     @property
     def base(self) -> Tensor | None:
@@ -70,7 +88,12 @@ class Pool(nn.Module):
     @property
     def num_rows(self) -> int:
         """Overlay rows, which is what the pool's memory grows with."""
-        return self.rows.shape[0]
+        return int((self.holders > 0).sum())
+
+    @property
+    def written_ids(self) -> Tensor:
+        """Slots that hold another row than the base, ascending; active ones too."""
+        return (self.slot_to_row != IN_BASE).nonzero().squeeze(1)
 
     def read(self, slot_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum the weighted rows of each token.
@@ -91,15 +114,24 @@ class Pool(nn.Module):
             values = values + sparse_read(weights_TK, *self._base_table(base_ids_TK))
         return values
 
-    def holds(self, slot_ids: Tensor) -> Tensor:
-        """Tell which slots have a row, in the base table or since; bool, in the shape of `slot_ids`."""
-        if self.base is not None:
-            return torch.ones_like(slot_ids, dtype=torch.bool)
-        return self.slot_to_row[slot_ids] != IN_BASE
+    def groups(self, slot_ids: Tensor) -> Tensor:
+        """Tell what each slot speaks for, in the shape of `slot_ids`; equal numbers speak for the same.
+
+        Slots that hold one row do, and so do all slots that share theirs with no other. A slot that was
+        never written speaks for NOTHING.
+        """
+        places = self.slot_to_row[slot_ids].long()
+        alone = torch.zeros_like(places, dtype=torch.bool)
+        if len(self.holders):
+            alone |= (places >= 0) & (self.holders[places.clamp(min=0)] == 1)
+        if self.selection is not None:
+            rows = (FIRST_ACTIVE - places).clamp(min=0)
+            alone |= (places <= FIRST_ACTIVE) & (self.selection.holders[rows] == 1)
+        return torch.where(alone, self.num_slots, places)
 
     def is_empty(self) -> bool:
         """Whether every read is zero, so that a layer may skip it altogether."""
-        return self.num_rows == 0 and self.active is None and self.base is None
+        return len(self.rows) == 0 and self.active is None and self.base is None
 
     @torch.no_grad()
     def current(self, slot_ids: Tensor) -> Tensor:
@@ -115,42 +147,41 @@ class Pool(nn.Module):
         return values
 
     def written(self) -> tuple[Tensor, Tensor]:
-        """Copy all rows that differ from the base, active ones too: slot ids (rows,) and rows."""
-        slot_ids = self.row_slot_ids
-        if self.active_ids is not None:
-            slot_ids = torch.cat([slot_ids, self.active_ids]).unique()
-        return slot_ids.clone(), self.current(slot_ids)
+        """Copy all rows that differ from the base, active ones too: slot ids (slots,) and their rows."""
+        return self.written_ids, self.current(self.written_ids)
 
     @torch.no_grad()
-    def write(self, slot_ids: Tensor, values: Tensor) -> None:
-        """Set rows in the overlay; a row that equals its base row bit for bit is dropped from it.
+    def write(self, slot_ids: Tensor, values: Tensor, index: Tensor | None = None) -> None:
+        """Set rows in the overlay; a slot whose row equals its base row bit for bit leaves it.
 
         So the overlay always holds exactly the rows that differ from the base, whatever the order
         of writes that led there, and undoing an update gives its memory back.
 
         Args:
             slot_ids: Distinct slots, shape (slots,), none of them active.
-            values: Their new rows, shape (slots, value_dim).
+            values: Distinct rows, shape (rows, value_dim).
+            index: Which of them each slot gets, shape (slots,), int64. Without it `values` has a row for
+                each slot, and slots whose rows are the same bit for bit will share one.
         """
         self._check_ids(slot_ids)
-        assert values.shape == (len(slot_ids), self.value_dim), values.shape
-        slot_ids, values = slot_ids.to(self.slot_to_row.device), values.to(self.rows)
-        places = self.slot_to_row[slot_ids].long()
-        assert (places >= IN_BASE).all(), "an active row is written by training only"
-        known = places >= 0
-        self.rows[places[known]] = values[known]
-        if not known.all():
-            first, new_ids = self.num_rows, slot_ids[~known]
-            self.rows = _appended(self.rows, values[~known])
-            self.row_slot_ids = _appended(self.row_slot_ids, new_ids)
-            self.slot_to_row[new_ids] = torch.arange(first, self.num_rows, dtype=torch.int32).to(
-                new_ids.device
-            )
-        base = self._base_rows(slot_ids)
+        if index is None:
+            assert len(values) == len(slot_ids), values.shape
+            values, index = distinct(values.cpu())
+        assert values.shape[1:] == (self.value_dim,), values.shape
+        device = self.slot_to_row.device
+        slot_ids, index, values = slot_ids.to(device), index.to(device), values.to(self.rows)
+        assert (self.slot_to_row[slot_ids] >= IN_BASE).all(), "an active row is written by training only"
+        self._release(slot_ids)
         # Compared as integers: -0.0 == 0.0, but they are not the same bits.
-        reset = (values.view(torch.int32) == base.view(torch.int32)).all(dim=1)
-        if reset.any():
-            self._keep(~torch.isin(self.row_slot_ids, slot_ids[reset]))
+        bits, base = values.view(torch.int32), self._base_rows(slot_ids).view(torch.int32)
+        kept = (bits[index] != base).any(dim=1) if self.base is not None else bits.any(dim=1)[index]
+        slot_ids, index = slot_ids[kept], index[kept]
+        holders = torch.bincount(index, minlength=len(values)).int()
+        places = self._add(values[holders > 0], holders[holders > 0])
+        of_value = torch.full((len(values),), IN_BASE, dtype=torch.int32, device=device)
+        of_value[holders > 0] = places
+        self.slot_to_row[slot_ids] = of_value[index]
+        self._compact()
 
     @contextlib.contextmanager
     def overwritten(self, slot_ids: Tensor, values: Tensor) -> Iterator[None]:
@@ -158,67 +189,97 @@ class Pool(nn.Module):
 
         Afterwards every tensor of the pool is the very one it was, so nothing needs to be undone.
         """
-        before = self.rows, self.row_slot_ids, self.slot_to_row
-        self.rows, self.row_slot_ids, self.slot_to_row = (tensor.clone() for tensor in before)
+        before = self.rows, self.holders, self.slot_to_row
+        self.rows, self.holders, self.slot_to_row = (tensor.clone() for tensor in before)
         try:
             self.write(slot_ids, values)
             yield
         finally:
-            self.rows, self.row_slot_ids, self.slot_to_row = before
+            self.rows, self.holders, self.slot_to_row = before
 
     @torch.no_grad()
-    def activate(self, slot_ids: Tensor) -> nn.Parameter:
+    def activate(self, slot_ids: Tensor, tags: Tensor | None = None) -> nn.Parameter:
         """Make some rows a trainable parameter that starts from their current values.
 
         Rows that were active before are written to the overlay first.
 
         Args:
             slot_ids: Distinct slots, shape (slots,), int64.
+            tags: A number for each of them: slots of one number will share a row, which starts as the one
+                of the first of them that was written. By default each has a row of its own, and its id
+                for a number.
 
         Returns:
-            The `active` parameter, shape (slots, value_dim): give it to any optimizer.
+            The `active` parameter, a row for each number, which ascend (or for each slot, in their order):
+            give it to any optimizer.
 
         Raises:
             PoolMismatchError: A slot lies outside the pool.
         """
         self._check_ids(slot_ids)
         self.deactivate()
-        values = self.current(slot_ids)
-        self.active_ids = slot_ids.to(self.slot_to_row.device)
-        self.active = nn.Parameter(values)
-        places = FIRST_ACTIVE - torch.arange(len(slot_ids), device=self.slot_to_row.device)
-        self._places_before = self.slot_to_row[self.active_ids]
-        self.slot_to_row[self.active_ids] = places.to(torch.int32)
+        slot_ids = slot_ids.to(self.slot_to_row.device)
+        index = torch.arange(len(slot_ids), device=slot_ids.device)
+        first, kinds = index, slot_ids
+        if tags is not None:
+            kinds, index = tags.to(slot_ids.device).unique(return_inverse=True)
+            # Stable, so that within a number the order stays, and written slots come before others.
+            is_unwritten = (self.slot_to_row[slot_ids] == IN_BASE).long()
+            order = (2 * index + is_unwritten).argsort(stable=True)
+            first = order[torch.searchsorted(index[order].contiguous(), torch.arange(len(kinds)).to(index))]
+        self.active = nn.Parameter(self.current(slot_ids[first]))
+        self.selection = Selection(slot_ids, index, kinds, torch.bincount(index, minlength=len(kinds)))
+        self._release(slot_ids)
+        self.slot_to_row[slot_ids] = (FIRST_ACTIVE - index).int()
         return self.active
 
     @torch.no_grad()
     def deactivate(self) -> None:
         """Write the active rows to the overlay and end their training."""
-        if self.active is None or self.active_ids is None or self._places_before is None:
+        if self.active is None or self.selection is None:
             return
-        ids, values = self.active_ids, self.active.detach()
-        self.slot_to_row[ids] = self._places_before
-        self.active = self.active_ids = self._places_before = None
-        self.write(ids, values)
+        selection, values = self.selection, self.active.detach()
+        self.active = self.selection = None
+        self.slot_to_row[selection.slot_ids] = IN_BASE
+        self.write(selection.slot_ids, values, selection.row_of)
 
-    def _keep(self, kept: Tensor) -> None:
-        self.slot_to_row[self.row_slot_ids[~kept]] = IN_BASE
-        self.rows, self.row_slot_ids = self.rows[kept], self.row_slot_ids[kept]
-        order = torch.arange(self.num_rows, dtype=torch.int32, device=self.slot_to_row.device)
-        self.slot_to_row[self.row_slot_ids] = order
+    def _release(self, slot_ids: Tensor) -> None:
+        """Let go of the rows of some slots; one that nobody holds any more is free for another."""
+        places = self.slot_to_row[slot_ids].long()
+        self.holders.index_add_(0, places[places >= 0], torch.full_like(places[places >= 0], -1).int())
+        self.slot_to_row[slot_ids] = IN_BASE
+
+    def _add(self, rows: Tensor, holders: Tensor) -> Tensor:
+        """Put rows where there is room, and return where; shape (rows,), int32."""
+        free = (self.holders == 0).nonzero().squeeze(1)[: len(rows)]
+        self.rows[free], self.holders[free] = rows[: len(free)], holders[: len(free)]
+        more = torch.arange(len(self.rows), len(self.rows) + len(rows) - len(free), device=free.device)
+        if len(more):
+            self.rows = _appended(self.rows, rows[len(free) :])
+            self.holders = _appended(self.holders, holders[len(free) :])
+        return torch.cat([free, more]).int()
+
+    def _compact(self) -> None:
+        """Move the last rows to where rows are free, and cut off the end."""
+        num = self.num_rows
+        if num == len(self.rows):
+            return
+        free = (self.holders[:num] == 0).nonzero().squeeze(1)
+        moved = num + (self.holders[num:] > 0).nonzero().squeeze(1)
+        new_place = torch.full_like(self.holders, IN_BASE)
+        new_place[moved] = free.int()
+        slots = (self.slot_to_row >= num).nonzero().squeeze(1)
+        self.slot_to_row[slots] = new_place[self.slot_to_row[slots].long()]
+        self.rows[free], self.holders[free] = self.rows[moved], self.holders[moved]
+        self.rows, self.holders = self.rows[:num].clone(), self.holders[:num].clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pool":
         # `model.to(torch.bfloat16)` must not round what was learned: rows move, but stay float32.
         rows, device_before = self.rows, self.rows.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.rows = rows.to(self.rows.device)
-        if (
-            self.rows.device != device_before
-            and self.active_ids is not None
-            and self._places_before is not None
-        ):
-            self.active_ids = self.active_ids.to(self.rows.device)
-            self._places_before = self._places_before.to(self.rows.device)
+        if self.rows.device != device_before and self.selection is not None:
+            self.selection = Selection(*(tensor.to(self.rows.device) for tensor in self.selection))
         return self
 
     def _base_rows(self, slot_ids: Tensor) -> Tensor:
@@ -239,17 +300,25 @@ class Pool(nn.Module):
         table = self.base[needed.to(self.base.device)].to(base_ids_TK.device)
         return table, torch.where(base_ids_TK >= 0, torch.searchsorted(needed, base_ids_TK), -1)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        slot_ids = (self.slot_to_row >= 0).nonzero().squeeze(1)
+        destination[prefix + "rows"] = self.rows
+        destination[prefix + "slot_ids"] = slot_ids
+        destination[prefix + "slot_rows"] = self.slot_to_row[slot_ids].long()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The number of rows is part of the content, so they are written rather than copied over.
-        rows = state_dict.pop(prefix + "rows", None)
-        slot_ids = state_dict.pop(prefix + "row_slot_ids", None)
+        written = [state_dict.pop(prefix + name, None) for name in ("slot_ids", "rows", "slot_rows")]
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        missing_keys: list[str] = rest[2]
-        if rows is not None and slot_ids is not None:
-            missing_keys[:] = [k for k in missing_keys if k not in (prefix + "rows", prefix + "row_slot_ids")]
-            self.deactivate()
-            self._keep(torch.zeros_like(self.row_slot_ids, dtype=torch.bool))
-            self.write(slot_ids, rows)
+        if any(tensor is None for tensor in written):
+            missing_keys: list[str] = rest[2]
+            missing_keys.append(prefix + "rows")
+            return
+        self.deactivate()
+        self._release(self.written_ids)
+        self._compact()
+        self.write(*written)
 
     def _check_ids(self, slot_ids: Tensor) -> None:
         outside = slot_ids[(slot_ids < 0) | (slot_ids >= self.num_slots)]
@@ -258,6 +327,26 @@ class Pool(nn.Module):
                 f"slot {int(outside[0])} lies outside this pool of {self.num_slots} slots; "
                 "the delta or usage was made for another pool"
             )
+
+
+def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the rows that differ in a bit, in the order they come, and which of them each row is.
+
+    Args:
+        rows: On the CPU, shape (rows, width).
+
+    Returns:
+        Shapes (distinct rows, width) and (rows,), int64.
+    """
+    places: dict[bytes, int] = {}
+    first: list[int] = []
+    index: list[int] = []
+    for number, row in enumerate(rows.contiguous().numpy()):
+        place = places.setdefault(row.tobytes(), len(first))
+        if place == len(first):
+            first.append(number)
+        index.append(place)
+    return rows[first], torch.tensor(index, dtype=torch.int64)
 
 
 def _appended(tensor: Tensor, more: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ HUBS = 0.01
 
 MAX_HUB_SHARE = 0.5
 MAX_FIRES = 0.01
-MAX_ACCIDENT = 0.01
+MAX_FILL = 0.5
 MAX_SHARED_FRACTION = 0.1
 """Rules of thumb, not a fitted law: from here on something should be done."""
 
@@ -31,9 +31,6 @@ class Capacity:
         hub_share: Share of the background's reads that go to the most read 1 % of the slots.
         hit_share: Share of the background's reads that find a written slot: how many of its reads the
             mean token finds written.
-        accident: How much of an answer that was not meant for it comes to a token that finds just that
-            many written. Tokens that are like a name find many more, so the mean over tokens is far above
-            this: what is too much here is certainly too much.
         fires: Share of tokens of ordinary text to which something learned answers, where it was measured.
     """
 
@@ -42,7 +39,6 @@ class Capacity:
     num_shared: int
     hub_share: float
     hit_share: float
-    accident: float
     fires: float | None = None
 
     @property
@@ -55,7 +51,6 @@ def measure_capacity(
     usage: PoolUsage,
     written: Tensor,
     updates: Sequence[Tensor],
-    quorum: float,
     fires: float | None = None,
 ) -> Capacity:
     """Measure a pool.
@@ -64,19 +59,15 @@ def measure_capacity(
         usage: Background usage of the whole pool.
         written: Slots that hold something, distinct.
         updates: Slots each update wrote, distinct within an update.
-        quorum: Share of a token's reads that must find something for the full answer; 0 for none.
         fires: As in `Capacity`.
     """
     hit_share = int(usage.reads[written].sum()) / max(1, usage.total_reads)
-    # Without a quorum every read counts by itself.
-    accident = min(1.0, hit_share / quorum) ** 3 if quorum else hit_share
     return Capacity(
         num_slots=usage.num_slots,
         num_written=len(written),
         num_shared=num_wanted_twice(updates),
         hub_share=hub_share(usage.reads),
         hit_share=hit_share,
-        accident=accident,
         fires=fires,
     )
 
@@ -109,11 +100,10 @@ def recommend(capacity: Capacity) -> tuple[str, str]:
             f"something learned answers to {capacity.fires:.1%} of the tokens of ordinary text (limit "
             f"{MAX_FIRES:.0%}); attach anew with twice the --num-keys and teach it again"
         )
-    if capacity.accident > MAX_ACCIDENT:
+    if capacity.fill > MAX_FILL:
         return "more slots", (
-            f"the mean token finds {capacity.hit_share:.1%} of its reads written, for which it gets "
-            f"{capacity.accident:.1%} of an answer that is not meant for it (limit {MAX_ACCIDENT:.0%}); "
-            "attach anew with twice the --num-keys and teach it again"
+            f"{capacity.fill:.0%} of the slots are written (limit {MAX_FILL:.0%}), and new facts find most "
+            "of theirs taken; attach anew with twice the --num-keys and teach it again"
         )
     if shared > MAX_SHARED_FRACTION:
         return "more slots", (

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sparsemem.errors import PoolMismatchError
-from sparsemem.memory.delta import RowChange, SparseDelta, distinct, same_bits
-from sparsemem.memory.pool import Pool
+from sparsemem.memory.delta import RowChange, SparseDelta, same_bits
+from sparsemem.memory.pool import Pool, distinct
 from sparsemem.store.objects import AS_BEFORE, Stored, StoredRows
 
 
@@ -202,4 +202,4 @@ def write(state: State, pools: Mapping[str, Pool], *, on_top: bool = False) -> N
                 "it belongs to another memory"
             )
     for name, of_pool in state.items():
-        pools[name].write(of_pool.slot_ids, of_pool.now.take(torch.arange(len(of_pool.slot_ids))))
+        pools[name].write(of_pool.slot_ids, of_pool.now.rows, of_pool.now.index)

@@ -14,7 +14,6 @@ from sparsemem.evaluation.evaluate import fact_values
 from sparsemem.files import check_new, new_folder
 from sparsemem.memory.attach import detach_memory, pools
 from sparsemem.memory.checkpoint import local_folder, read_header
-from sparsemem.memory.delta import distinct
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
@@ -124,15 +123,15 @@ def evaluate_folder(
         model, tokenizer = load(folder)
         store = DeltaStore(folder)
     scores = measure("measure", model, tokenizer, fact_list, probe_list, prompt)
-    trained = {name: pool.num_rows for name, pool in pools(model).items()}
-    num_values = sum(distinct(pool.rows.cpu())[0].numel() for pool in pools(model).values())
+    num_slots = sum(len(pool.written_ids) for pool in pools(model).values())
+    num_values = sum(pool.rows.numel() for pool in pools(model).values())
     return {
         "facts": fact_values(scores.facts),
         "probes": {
             name: {"metric": score.metric, "value": score.value, "num": score.num}
             for name, score in scores.probes.items()
         },
-        "num_slots_trained": sum(trained.values()),
+        "num_slots_trained": num_slots,
         "changed_fraction": num_values / num_base_values(model),
         "delta_bytes": sum(store.objects.path(c.object).stat().st_size for c in store.log()),
         "seconds": round(time.perf_counter() - started, 1),

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsemem import console
-from sparsemem.config import MemoryConfig, from_json
 from sparsemem.data import load_texts
 from sparsemem.encode import token_batches
 from sparsemem.errors import DataError
 from sparsemem.files import read_tensors
-from sparsemem.memory.attach import memory_config, memory_layers, observe_reads, pools
+from sparsemem.memory.attach import memory_layers, observe_reads, pools
 from sparsemem.memory.checkpoint import (
     CONFIG_FILE,
     FORMAT,
@@ -63,13 +62,11 @@ def plan_folder(folder: str | Path, background: Sequence[str] = ()) -> dict[str,
         model, tokenizer = load(folder)
     usage.check(model)
     fires = firing_by_pool(model, tokenizer, texts) if texts else {}
-    quorum = memory_config(model).quorum
     capacities = {
         name: measure_capacity(
             usage.pools[name],
-            pool.row_slot_ids.cpu(),
+            pool.written_ids.cpu(),
             written_slots(updates, name),
-            quorum,
             fires.get(name),
         )
         for name, pool in pools(model).items()
@@ -87,7 +84,6 @@ def plan_stored(folder: str | Path) -> dict[str, Any]:
     usage = load_usage(folder / USAGE_FILE)
     updates = taught_updates(folder)
     attached, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
-    quorum = from_json(MemoryConfig, {"quorum": 0.0, **header["memory"]}, folder / CONFIG_FILE).quorum
     store = DeltaStore(folder)
     # Not all that were ever written: what a revert took back holds nothing again.
     changed = difference(store.state(None), store.state(store.head())).changes
@@ -96,7 +92,7 @@ def plan_stored(folder: str | Path) -> dict[str, Any]:
         written = attached[f"pools.{name}.slot_ids"]
         if name in changed:
             written = torch.cat([written, changed[name].slot_ids]).unique()
-        capacities[name] = measure_capacity(of_pool, written, written_slots(updates, name), quorum)
+        capacities[name] = measure_capacity(of_pool, written, written_slots(updates, name))
     return _planned(folder, header, updates, capacities)
 
 
@@ -173,5 +169,5 @@ def memory_bytes(model: nn.Module) -> dict[str, int]:
     return {
         "keys": sum(p.nbytes for layer in layers for p in layer.parameters()),
         "map": sum(pool.slot_to_row.nbytes for pool in found),
-        "rows": sum(pool.rows.nbytes + pool.row_slot_ids.nbytes for pool in found),
+        "rows": sum(pool.rows.nbytes + pool.holders.nbytes for pool in found),
     }

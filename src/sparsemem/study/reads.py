@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sparsemem.data import Fact
 from sparsemem.memory.attach import observe_reads
-from sparsemem.memory.delta import SparseDelta, distinct
+from sparsemem.memory.delta import SparseDelta
 from sparsemem.memory.layer import MemoryLayer, Reads
+from sparsemem.memory.pool import distinct
 from sparsemem.slots.alignment import NOBODY, last_writers, most_weight, weight_of_slots
 from sparsemem.slots.subject import find_subject
 from sparsemem.slots.usage import Usage
@@ -103,10 +104,10 @@ class ReadRecorder:
         """Add what a layer is about to read."""
         name = layer.pool_name
         slot_ids_TR, weights_TR = reads.slot_ids[0].flatten(1), reads.weights[0].flatten(1)
-        agreement_T = layer.agreement(slot_ids_TR, weights_TR).squeeze(1).tolist()
+        agreement_T = layer.agreement(slot_ids_TR, weights_TR).amax(dim=1).tolist()
         slot_ids_TR, shares_TR = slot_ids_TR.cpu(), weights_TR.cpu() / layer.num_heads
         writers_TR = last_writers(slot_ids_TR, written_slots(self.updates, name))
-        is_written_TR = torch.isin(slot_ids_TR, layer.pool.row_slot_ids.cpu())
+        is_written_TR = torch.isin(slot_ids_TR, layer.pool.written_ids.cpu())
         frequency_TR = self.usage.pools[name].document_frequency[slot_ids_TR]
         for place, token in enumerate(self.tokens):
             token.agreement = max(token.agreement, agreement_T[place])
@@ -127,8 +128,8 @@ class ReadRecorder:
 def firing_tokens(layer: MemoryLayer, reads: Reads) -> Tensor:
     """Tell which tokens something learned answers to in a layer; bool, shape (sequences, tokens)."""
     slot_ids_TR, weights_TR = reads.slot_ids.flatten(0, 1).flatten(1), reads.weights.flatten(0, 1).flatten(1)
-    finds_T = torch.isin(slot_ids_TR, layer.pool.row_slot_ids).any(dim=1)
-    agrees_T = layer.agreement(slot_ids_TR, weights_TR).squeeze(1) >= FIRES_FROM
+    finds_T = torch.isin(slot_ids_TR, layer.pool.written_ids).any(dim=1)
+    agrees_T = (layer.agreement(slot_ids_TR, weights_TR) >= FIRES_FROM).any(dim=1)
     return (finds_T & agrees_T).view(reads.slot_ids.shape[:2])
 
 

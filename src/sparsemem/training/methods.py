@@ -218,15 +218,16 @@ class SparseMemory:
 
     def _activate(self, name: str, chosen: Chosen, anchored: Collection[int]) -> None:
         pool = self.pools[name]
-        tied = anchored if self.config.ties_rows else ()
-        slot_ids, self.optimizer.ties[name] = self._claim(name, chosen, set(tied))
+        # Over a base table each slot has a row of its own from the start.
+        tied = anchored if self.config.ties_rows and pool.base is None else ()
+        slot_ids, tags = self._claim(name, chosen, set(tied))
         # What the last step trained belongs to the overlay before its rows are recorded again.
         pool.deactivate()
         self.recorder.record(name, slot_ids)
-        pool.activate(slot_ids)
+        pool.activate(slot_ids, tags)
 
     def _claim(self, name: str, chosen: Chosen, tied: Collection[int]) -> tuple[Tensor, Tensor]:
-        """Return the slots to train, and which of them move as one, as `SlotOptimizer.ties` says it.
+        """Return the slots to train, and their tags: those of one fact share a row, others have their own.
 
         A slot of a tied fact belongs to the first that chose it, in this update or an earlier one, and no
         other fact pulls at it. But facts of one subject choose much the same slots: a fact that finds most
@@ -248,8 +249,8 @@ class SparseMemory:
         trained = torch.isin(owner, owner.new_tensor([NOBODY, SHARED, *chosen]))
         if untied:
             trained |= (owner == EARLIER) & torch.isin(slot_ids, torch.cat(untied))
-        alone = -1 - torch.arange(len(slot_ids), device=owner.device)
-        return slot_ids[trained], torch.where(is_owned, owner, alone)[trained]
+        tags = torch.where(is_owned, self.pools[name].num_slots + owner, slot_ids)
+        return slot_ids[trained], tags[trained]
 
 
 class DenseWeights:

@@ -1,4 +1,4 @@
-"""Optimizers on active rows, with state that belongs to a slot and outlives the selection.
+"""Optimizers on active rows, with state that belongs to a row and outlives the selection.
 
 Shape letters: A active rows, V value dim.
 """
@@ -18,9 +18,9 @@ class SlotOptimizer(torch.optim.Optimizer):
     """Steps the active rows of each pool, and nothing else.
 
     A stock optimizer on `pool.active` does the same as long as the selection stays. When it changes
-    from step to step, state has to follow the slots: each slot here keeps its own moments and its own
-    step count, so a slot that returns after a hundred steps of others goes on where it was, and a
-    slot seen for the first time gets a first step. Equal to `torch.optim.AdamW` and `SGD` while the
+    from step to step, state has to follow the rows: each here keeps its own moments and its own step
+    count by its tag, so one that returns after a hundred steps of others goes on where it was, and one
+    seen for the first time gets a first step. Equal to `torch.optim.AdamW` and `SGD` while the
     selection is constant.
 
     Args:
@@ -51,10 +51,7 @@ class SlotOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"optimizer={name!r} is unknown; use one of {', '.join(UPDATES)}")
         self.pools = pools
         self.update = UPDATES[name]
-        self.slot_state: dict[str, dict[str, _SlotTable]] = {pool: {} for pool in pools}
-        self.ties: dict[str, Tensor] = {}
-        """By pool, a number for each active row: rows of one number take the step of their summed
-        gradients, and stay the same if they were. A pool that is missing has no ties."""
+        self.row_state: dict[str, dict[str, _StateTable]] = {pool: {} for pool in pools}
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay
         }  # fmt: skip
@@ -68,78 +65,65 @@ class SlotOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Step the active rows that have a gradient; of several processes by the sum of theirs.
-
-        They exchange one row for each active row, but one for all that are tied to each other.
-        """
+        """Step the active rows that have a gradient; of several processes by the sum of theirs."""
         for name, pool in self.pools.items():
-            if pool.active is None or pool.active_ids is None:
+            if pool.active is None or pool.selection is None:
                 continue
             grad = pool.active.grad
             if grad is None and distributed.world_size() == 1:
                 continue
             if grad is None:  # this process had nothing to run
                 grad = torch.zeros_like(pool.active)
-            tables, slot_ids = self.slot_state[name], pool.active_ids
-            state = _State(tables, slot_ids)
-            ties = self.ties.get(name)
-            grad = distributed.summed(grad) if ties is None else _summed(grad, ties)
-            self.update(pool.active, grad, state, self.param_groups[0])
+            state = _State(self.row_state[name], pool.selection.tags)
+            self.update(pool.active, distributed.summed(grad), state, self.param_groups[0])
             state.save()
 
 
-class _SlotTable:
-    """Rows of optimizer state by slot id; a slot without one has zeros. As large as the slots it has seen."""
+class _StateTable:
+    """Rows of optimizer state by tag; one without has zeros. As large as the tags it has seen."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.slot_ids = torch.zeros(0, dtype=torch.int64, device=device)  # ascending
+        self.tags = torch.zeros(0, dtype=torch.int64, device=device)  # ascending
         self.rows = torch.zeros(0, width, device=device)
 
-    def get(self, slot_ids: Tensor) -> Tensor:
-        places, known = self._find(slot_ids)
-        values = self.rows.new_zeros(len(slot_ids), self.rows.shape[1])
+    def get(self, tags: Tensor) -> Tensor:
+        places, known = self._find(tags)
+        values = self.rows.new_zeros(len(tags), self.rows.shape[1])
         values[known] = self.rows[places[known]]
         return values
 
-    def set(self, slot_ids: Tensor, values: Tensor) -> None:
-        _, known = self._find(slot_ids)
+    def set(self, tags: Tensor, values: Tensor) -> None:
+        _, known = self._find(tags)
         if not known.all():
-            self.slot_ids, order = torch.cat([self.slot_ids, slot_ids[~known]]).sort()
+            self.tags, order = torch.cat([self.tags, tags[~known]]).sort()
             self.rows = torch.cat([self.rows, values[~known]])[order]
-        self.rows[self._find(slot_ids)[0]] = values
+        self.rows[self._find(tags)[0]] = values
 
-    def _find(self, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the row of each slot, and whether it has one."""
-        places = torch.searchsorted(self.slot_ids, slot_ids)
-        known = torch.zeros_like(slot_ids, dtype=torch.bool)
-        inside = places < len(self.slot_ids)
-        known[inside] = self.slot_ids[places[inside]] == slot_ids[inside]
+    def _find(self, tags: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the place of each tag, and whether it has one."""
+        places = torch.searchsorted(self.tags, tags)
+        known = torch.zeros_like(tags, dtype=torch.bool)
+        inside = places < len(self.tags)
+        known[inside] = self.tags[places[inside]] == tags[inside]
         return places, known
 
 
 class _State:
-    """State tensors of the slots of one step, fetched on demand and saved after it."""
+    """State tensors of the rows of one step, fetched on demand and saved after it."""
 
-    def __init__(self, tables: dict[str, _SlotTable], slot_ids: Tensor) -> None:
-        self.tables, self.slot_ids = tables, slot_ids
+    def __init__(self, tables: dict[str, _StateTable], tags: Tensor) -> None:
+        self.tables, self.tags = tables, tags
         self.values: dict[str, Tensor] = {}
 
     def get(self, name: str, width: int) -> Tensor:
         if name not in self.tables:
-            self.tables[name] = _SlotTable(width, self.slot_ids.device)
-        self.values[name] = self.tables[name].get(self.slot_ids)
+            self.tables[name] = _StateTable(width, self.tags.device)
+        self.values[name] = self.tables[name].get(self.tags)
         return self.values[name]
 
     def save(self) -> None:
         for name, values in self.values.items():
-            self.tables[name].set(self.slot_ids, values)
-
-
-def _summed(grad_AV: Tensor, ties_A: Tensor) -> Tensor:
-    """Give each row the sum of the gradients of the rows tied to it and of its own, in all processes."""
-    numbers, place_A = ties_A.unique(return_inverse=True)
-    sums = grad_AV.new_zeros(len(numbers), grad_AV.shape[1]).index_add_(0, place_A, grad_AV)
-    return distributed.summed(sums)[place_A]
+            self.tables[name].set(self.tags, values)
 
 
 def _adamw(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:
