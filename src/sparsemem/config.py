@@ -99,19 +99,20 @@ class FinetuneConfig:
     """Stepped on the rows that were chosen, or on the parameters of the method."""
     adam_beta1: float | None = None
     """How much of its mean gradient "adamw" keeps from step to step; by default 0.5 for memory, whose slots
-    see a dozen steps each, and 0.9 for all other methods."""
+    see two dozen steps each, and 0.9 for all other methods."""
     momentum: float = 0.0
     """Momentum of "sgd"."""
     weight_decay: float = 0.0
     """Weight decay of either optimizer."""
-    num_epochs: int = 12
+    num_epochs: int = 24
     """Passes over the facts."""
     facts_per_batch: int = 8
     """Facts per optimizer step; slots are chosen for each of them."""
     stream: bool = False
     """Batches of facts one after another: all epochs of one before the next, none seen again."""
-    wordings_per_step: int = 4
-    """Wordings of each fact in one step, drawn anew each time; all of them where there are no more."""
+    wordings_per_step: int = 2
+    """Wordings of each fact in one step, drawn anew each time; all of them where there are no more. A memory
+    learns more from more steps than from more wordings in each."""
     held_per_step: int = 1
     """Texts of each fact in one step from which nothing is learned, while "local_kl" holds what they predict:
     other questions about its subject, and wordings that give the answer first, which no memory can learn."""
