@@ -29,13 +29,27 @@ def test_weights_are_exact_again_after_an_error(attached):
 
 
 def test_what_is_trained_is_left_alone(tiny_model):
-    assert MixedPrecision(tiny_model, "bf16").frozen == []
+    precision = MixedPrecision(tiny_model, "bf16")
+    assert precision.frozen == []
+    assert precision.head is None
+
+
+def test_a_head_that_shares_the_embedding_is_bfloat16_alone(tiny_model):
+    tiny_model.requires_grad_(False)
+    embedding = tiny_model.get_input_embeddings()
+    tiny_model.lm_head.weight = embedding.weight
+    with MixedPrecision(tiny_model, "bf16").step():
+        assert tiny_model.lm_head.weight.dtype == torch.bfloat16
+        assert torch.equal(tiny_model.lm_head.weight, embedding.weight.bfloat16())
+        assert embedding.weight.dtype == torch.float32
+    assert tiny_model.lm_head.weight is embedding.weight
+    assert "lm_head.weight" not in dict(tiny_model.named_parameters()), "else it is two weights from now on"
 
 
 def test_no_mixed_precision_changes_nothing(attached):
     attached.requires_grad_(False)
     precision = MixedPrecision(attached, "no")
-    with precision.step(), precision.forward():
+    with precision.step(), precision.forward(9):
         assert not torch.is_autocast_enabled("cpu")
         assert {p.dtype for p in attached.parameters()} == {torch.float32}
     assert next(memory_layers(attached)).keys.dtype == torch.float32
@@ -46,8 +60,8 @@ def test_a_pass_computes_what_autocast_alone_computes(attached):
     input_ids = torch.randint(0, attached.config.vocab_size, (2, 9))
     precision = MixedPrecision(attached, "bf16")
     with torch.no_grad():
-        with precision.forward():
+        with precision.forward(9):
             plain = attached(input_ids).logits
-        with precision.step(), precision.forward():
+        with precision.step(), precision.forward(9):
             kept = attached(input_ids).logits
     assert torch.equal(plain, kept)

@@ -2,11 +2,16 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsemem.memory.attach import memory_layers
+
+SHORT = 128
+"""Tokens up to which plain attention is quicker on a CPU, and its scores take little memory."""
 
 
 class MixedPrecision:
@@ -25,6 +30,9 @@ class MixedPrecision:
         self.mode, self.device = mode, next(model.parameters()).device
         self.frozen = _frozen_matrices(model) if mode == "bf16" else []
         self.copies = [weight.to(torch.bfloat16) for weight in self.frozen]
+        self.head = _frozen_tied_head(model) if mode == "bf16" else None
+        if self.head is not None:
+            self.head_copy = nn.Parameter(self.head.weight.to(torch.bfloat16), requires_grad=False)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -32,15 +40,25 @@ class MixedPrecision:
         exact = [weight.data for weight in self.frozen]
         for weight, copy in zip(self.frozen, self.copies, strict=True):
             weight.data = copy
+        if self.head is not None:
+            tied, self.head.weight = self.head.weight, self.head_copy
         try:
             yield
         finally:
+            if self.head is not None:
+                self.head.weight = tied
             for weight, data in zip(self.frozen, exact, strict=True):
                 weight.data = data
 
-    def forward(self) -> torch.autocast:
-        """Context of a forward pass."""
-        return bf16_autocast(self.device, self.mode)
+    @contextlib.contextmanager
+    def forward(self, num_tokens: int) -> Iterator[None]:
+        """Context of a forward pass over sequences of `num_tokens`."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(bf16_autocast(self.device, self.mode))
+            if self.device.type == "cpu" and num_tokens <= SHORT:
+                # There the fused attention takes longer going back than the matrix products of its block.
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
 
 
 def bf16_autocast(device: torch.device, mode: str) -> torch.autocast:
@@ -48,11 +66,21 @@ def bf16_autocast(device: torch.device, mode: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=mode == "bf16")
 
 
+def _frozen_tied_head(model: Any) -> Any:
+    """Return the output head, if its weight is the embedding's and has no gradient.
+
+    It is as large as many blocks. The embedding itself stays as it is: it decides the precision of everything
+    after it.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
+    return head if is_tied and not head.weight.requires_grad else None
+
+
 def _frozen_matrices(model: nn.Module) -> list[Tensor]:
     """List the weights of linear layers that have no gradient, but for a memory's and tied ones.
 
-    A memory computes in float32; and an embedding that shares its weight with the output head decides
-    the precision of everything after it.
+    A memory computes in float32.
     """
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     exact = {id(embedding), *(id(p) for layer in memory_layers(model) for p in layer.parameters())}

@@ -70,7 +70,7 @@ class GradientStep:
             for part in parts:
                 compared = [*itertools.islice(positions, len(part.examples))]
                 with self.method.part(part), self.precision.step():
-                    with self.precision.forward():
+                    with self.precision.forward(part.input_ids.shape[1]):
                         nll, drift = self.loss.of_part(self.method.model, part, compared)
                     fact_loss = nll / num_labels
                     (self.guards.fact_weight * fact_loss + drift / num_compared).backward()
@@ -82,7 +82,8 @@ class GradientStep:
 
     @contextlib.contextmanager
     def _forward(self, part: Batch) -> Iterator[None]:
-        with self.method.part(part), self.precision.step(), self.precision.forward():
+        num_tokens = part.input_ids.shape[1]
+        with self.method.part(part), self.precision.step(), self.precision.forward(num_tokens):
             yield
 
     def _draw(self, batch: FactBatch) -> list[Example]:
