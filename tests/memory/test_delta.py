@@ -183,7 +183,7 @@ def test_composing_in_the_wrong_order_is_an_error():
         second.compose(first)
 
 
-@pytest.mark.parametrize(("slots", "width"), [(SLOTS * 2, WIDTH), (SLOTS, WIDTH + 1)])
+@pytest.mark.parametrize(("slots", "width"), [(SLOTS * 2, WIDTH + 1), (SLOTS, WIDTH + 1)])
 def test_composing_deltas_of_other_pools_is_an_error(slots, width):
     other = RowChange(torch.tensor([12]), torch.zeros(1, width), torch.ones(1, width), slots)
     with pytest.raises(PoolMismatchError):
@@ -193,11 +193,11 @@ def test_composing_deltas_of_other_pools_is_an_error(slots, width):
 @pytest.mark.parametrize(
     ("slots", "width", "names"),
     [
-        (SLOTS + 1, WIDTH, ["layer_1", "layer_2"]),
+        (SLOTS - 1, WIDTH, ["layer_1", "layer_2"]),
         (SLOTS, WIDTH + 1, ["layer_1", "layer_2"]),
         (SLOTS, WIDTH, ["layer_1"]),
     ],
-    ids=["other size", "other width", "pool missing"],
+    ids=["too small", "other width", "pool missing"],
 )
 def test_a_delta_of_another_pool_is_refused_and_nothing_is_written(slots, width, names):
     these = {name: pool for name, pool in make_pools(slots, width).items() if name in names}
@@ -206,6 +206,18 @@ def test_a_delta_of_another_pool_is_refused_and_nothing_is_written(slots, width,
         make_delta().apply(these)
     assert overlay_of(these) == before
     assert torch.equal(these["layer_1"].current(torch.tensor([6])), torch.ones(1, width))
+
+
+def test_a_delta_applies_to_a_pool_that_grew_and_composes_with_what_was_learned_there():
+    these, delta = make_pools(), make_delta()
+    these["layer_1"].grow(SLOTS * 4)
+    delta.apply(these)
+    added = RowChange(torch.tensor([SLOTS * 3]), torch.zeros(1, WIDTH), torch.ones(1, WIDTH), SLOTS * 4)
+    both = delta.compose(SparseDelta({"layer_1": added}))
+    assert both.changes["layer_1"].num_slots == SLOTS * 4
+    SparseDelta({"layer_1": added}).apply(these)
+    both.invert().apply(these)
+    assert overlay_of(these) == overlay_of(make_pools())
 
 
 @pytest.mark.parametrize("name", ["layer_1", "layer_2"])

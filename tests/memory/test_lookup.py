@@ -3,12 +3,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemem.memory.lookup import SCORES_AT_ONCE, best_slots, product_key_top_k, sub_key_scores
+from sparsemem.memory.lookup import (
+    SCORES_AT_ONCE,
+    best_slots,
+    product_key_top_k,
+    slot_number,
+    sub_key_scores,
+)
 
 
 def all_slot_scores(scores_TH2N):
+    """By number of the slot."""
     first, second = scores_TH2N.unbind(dim=2)
-    return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
+    of_pairs = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
+    num_keys = first.shape[-1]
+    return of_pairs[..., numbers(num_keys).flatten().argsort()]
+
+
+def numbers(num_keys):
+    """Number of each pair, shape (num_keys, num_keys)."""
+    ids = torch.arange(num_keys)
+    return slot_number(*torch.meshgrid(ids, ids, indexing="ij"))
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 7, 32])
+def test_slots_of_a_table_are_numbered_once_each_and_keep_their_number_in_a_larger_one(num_keys):
+    assert numbers(num_keys).flatten().sort().values.tolist() == list(range(num_keys**2))
+    assert torch.equal(numbers(num_keys + 5)[:num_keys, :num_keys], numbers(num_keys))
 
 
 @pytest.mark.parametrize(
@@ -64,10 +85,10 @@ def test_slots_come_best_first():
     assert (scores[..., :-1] >= scores[..., 1:]).all()
 
 
-def test_slot_id_is_first_sub_key_times_num_keys_plus_second():
+def test_slot_id_is_the_number_of_its_pair_of_sub_keys():
     scores = torch.zeros(1, 1, 2, 8)
     scores[0, 0, 0, 3], scores[0, 0, 1, 5] = 1.0, 1.0
-    assert product_key_top_k(scores, 1)[1].item() == 3 * 8 + 5
+    assert product_key_top_k(scores, 1)[1].item() == 5 * 5 + 3
 
 
 def test_sub_key_scores_are_dot_products_plus_bias():

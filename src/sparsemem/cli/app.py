@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import sparsemem
 from sparsemem import console
-from sparsemem.cli import compare, demo, explain, history, learn, model, plan, report, stream
+from sparsemem.cli import compare, demo, explain, grow, history, learn, model, plan, report, stream
 from sparsemem.errors import ConfigError
 
 COMMANDS = (
@@ -19,6 +19,7 @@ COMMANDS = (
     history.add_history,
     explain.add_explain,
     plan.add_plan,
+    grow.add_grow,
     report.add_report,
     compare.add_compare,
     demo.add_demo,

@@ -66,15 +66,12 @@ class SparseDelta:
         """Write the rows after the update.
 
         Raises:
-            PoolMismatchError: A pool is missing or of another size, or its rows are not the ones
+            PoolMismatchError: A pool is missing, too small or of another width, or its rows are not the ones
                 this delta starts from; nothing was written.
         """
         for name, change in self.changes.items():
             pool = pools.get(name)
-            if pool is None or (pool.num_slots, pool.value_dim) != (
-                change.num_slots,
-                change.after.shape[1],
-            ):
+            if pool is None or not pool.can_hold(change.num_slots, change.after.shape[1]):
                 found = f"{pool.num_slots} x {pool.value_dim}" if pool else "missing"
                 raise PoolMismatchError(
                     f"delta {self.digest[:12]} is for pool {name!r} of {change.num_slots} x "
@@ -217,7 +214,7 @@ def _rows(tensors: Mapping[str, Tensor], part: str, name: str, version: int) -> 
 
 
 def _compose(first: RowChange, second: RowChange) -> RowChange:
-    if (first.num_slots, first.after.shape[1]) != (second.num_slots, second.after.shape[1]):
+    if first.after.shape[1] != second.after.shape[1]:
         raise PoolMismatchError(
             f"deltas of pools of {first.num_slots} x {first.after.shape[1]} and {second.num_slots} x "
             f"{second.after.shape[1]} do not compose; both must be of one model"
@@ -233,7 +230,7 @@ def _compose(first: RowChange, second: RowChange) -> RowChange:
     if not same_bits(after[at_second[in_both]], second.before[in_both]):
         raise PoolMismatchError("the later delta does not start from what the earlier one leaves")
     after[at_second] = second.after
-    return RowChange(ids, before, after, first.num_slots)
+    return RowChange(ids, before, after, max(first.num_slots, second.num_slots))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

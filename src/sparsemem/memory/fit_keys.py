@@ -68,7 +68,7 @@ def fit_keys(
     layers = list(memory_layers(model))
     documents = background_documents(texts, tokenizer) if prompt_formats else texts
     _check_width(layers)
-    inputs = _collect_inputs(model, tokenizer, documents, num_tokens, layers, on_step)
+    inputs = background_states(model, tokenizer, documents, num_tokens, layers, on_step)
     # All is computed before anything is changed.
     fitted = [
         _fit(layer, states, method, temperature, generator)
@@ -155,7 +155,7 @@ def balanced_sample(
 
 
 @dataclasses.dataclass(frozen=True)
-class _States:
+class States:
     """What one layer saw: hidden states (T, D), the token of each, and the size of the outputs."""
 
     hidden: Tensor
@@ -163,14 +163,19 @@ class _States:
     scale: float
 
 
-def _collect_inputs(
+def background_states(
     model: nn.Module,
     tokenizer: Any,
     texts: Iterable[str],
     num_tokens: int,
     layers: list[MemoryLayer],
     on_step: Callable[[int, int], None] | None,
-) -> list[_States]:
+) -> list[States]:
+    """Collect what memory layers see of some texts, the first token of each left out.
+
+    Raises:
+        DataError: There are fewer tokens than sub-keys.
+    """
     sequences = _sequences(tokenizer, texts, num_tokens)
     # The first position of a sequence is an outlier in every model (an attention sink).
     starts = torch.tensor([0, *(len(ids) - 1 for ids in sequences)]).cumsum(0)
@@ -202,7 +207,7 @@ def _collect_inputs(
         if on_step:
             on_step(collected, num_tokens)
     return [
-        _States(hidden[index], tokens, _scale(squares[index]))
+        States(hidden[index], tokens, _scale(squares[index]))
         for index in (layer.block_index for layer in layers)
     ]
 
@@ -285,7 +290,7 @@ def _check_width(layers: list[MemoryLayer]) -> None:
 
 @torch.no_grad()
 def _fit(
-    layer: MemoryLayer, states: _States, method: str, temperature: float, generator: torch.Generator
+    layer: MemoryLayer, states: States, method: str, temperature: float, generator: torch.Generator
 ) -> dict[str, Tensor] | None:
     """Return the fitted parameters of a layer by name; None where they are to be random."""
     if method == "random":

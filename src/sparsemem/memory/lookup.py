@@ -5,6 +5,10 @@ Shape letters: T tokens, H heads, P halves of all heads (H * 2), N sub-keys per 
 A slot is a pair (a, b) of sub-keys; its score is the sum of both halves' scores, so the K best slots
 are among the K x K pairs of each half's K best sub-keys. Source: Lample et al. 2019
 (arXiv:1907.05242), section 3.1.
+
+Slots are numbered in shells, (0, 0) first, then the pairs that have a 1 and nothing larger, and so on
+(Szudzik 2006, "An elegant pairing function"): so those of N sub-keys are the first N * N, and a slot keeps
+its number when sub-keys are added.
 """
 
 import torch
@@ -69,7 +73,7 @@ def product_key_top_k(scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         top_k: Slots to return per head; at most num_keys**2.
 
     Returns:
-        Slot scores and slot ids, both of shape (tokens, heads, top_k); slot id = a * num_keys + b.
+        Slot scores and slot ids, both of shape (tokens, heads, top_k).
     """
     num_keys = scores_TH2N.shape[-1]
     per_half = min(top_k, num_keys)
@@ -81,5 +85,12 @@ def product_key_top_k(scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     scores_HTK, pairs_HTK = pair_scores.flatten(-2).topk(top_k, dim=-1)
     rows_HTK = first_ids_HTK.gather(-1, pairs_HTK // per_half)
     columns_HTK = second_ids_HTK.gather(-1, pairs_HTK % per_half)
-    slot_ids_HTK = rows_HTK * num_keys + columns_HTK
+    slot_ids_HTK = slot_number(rows_HTK, columns_HTK)
     return scores_HTK.transpose(0, 1).contiguous(), slot_ids_HTK.transpose(0, 1).contiguous()
+
+
+def slot_number(first: Tensor, second: Tensor) -> Tensor:
+    """Number of the slots of some pairs of sub-keys, of either half; int64, in their shape."""
+    shell = torch.maximum(first, second)
+    # Up the column of the shell, then along its row.
+    return shell * shell + first + torch.where(first == shell, second, 0)

@@ -133,6 +133,25 @@ class Pool(nn.Module):
         """Whether every read is zero, so that a layer may skip it altogether."""
         return len(self.rows) == 0 and self.active is None and self.base is None
 
+    def can_hold(self, num_slots: int, value_dim: int) -> bool:
+        """Whether what was written to a pool of some size fits in: to this one before it grew, say."""
+        return num_slots <= self.num_slots and value_dim == self.value_dim
+
+    def grow(self, num_slots: int) -> None:
+        """Add slots behind the others; all rows stay where they are.
+
+        Raises:
+            ConfigError: There is a base table, which has no rows for them, or `num_slots` is smaller.
+        """
+        if self.base is not None or num_slots < self.num_slots:
+            raise ConfigError(
+                f"a pool of {self.num_slots} slots {'with a base table ' if self.base is not None else ''}"
+                f"cannot have {num_slots}; grow one without a table, to a larger number"
+            )
+        more = self.slot_to_row.new_full((num_slots - self.num_slots,), IN_BASE)
+        self.slot_to_row = torch.cat([self.slot_to_row, more])
+        self.num_slots = num_slots
+
     @torch.no_grad()
     def current(self, slot_ids: Tensor) -> Tensor:
         """Copy the rows of some slots, wherever they live; shape (slots, value_dim)."""

@@ -98,18 +98,18 @@ def recommend(capacity: Capacity) -> tuple[str, str]:
     if capacity.fires is not None and capacity.fires > MAX_FIRES:
         return "more slots", (
             f"something learned answers to {capacity.fires:.1%} of the tokens of ordinary text (limit "
-            f"{MAX_FIRES:.0%}); attach anew with twice the --num-keys and teach it again"
+            f"{MAX_FIRES:.0%}); grow it to twice the --num-keys"
         )
     if capacity.fill > MAX_FILL:
         return "more slots", (
             f"{capacity.fill:.0%} of the slots are written (limit {MAX_FILL:.0%}), and new facts find most "
-            "of theirs taken; attach anew with twice the --num-keys and teach it again"
+            "of theirs taken; grow it to twice the --num-keys"
         )
     if shared > MAX_SHARED_FRACTION:
         return "more slots", (
             f"{shared:.0%} of the written slots are wanted by more than one update (limit "
-            f"{MAX_SHARED_FRACTION:.0%}), so that later ones overwrite earlier ones; attach anew with twice "
-            "the --num-keys, or teach facts of one subject in one update"
+            f"{MAX_SHARED_FRACTION:.0%}), so that later ones overwrite earlier ones; grow it to twice the "
+            "--num-keys, or teach facts of one subject in one update"
         )
     fires = "" if capacity.fires is None else f", {capacity.fires:.2%} of the tokens of ordinary text fire"
     return "nothing", (

@@ -66,6 +66,22 @@ def export(store: DeltaStore, path: Path, revisions: Sequence[str] = ()) -> int:
     return len(records)
 
 
+def copy_history(store: DeltaStore, folder: Path) -> None:
+    """Copy a history as it is to a folder without one.
+
+    Raises:
+        CheckpointError: An object is damaged.
+        OutputError: The copy could not be written.
+    """
+    store.database.copy(folder)
+    copy = DeltaStore(folder)
+    for row in copy.database.rows("SELECT DISTINCT object FROM commits"):
+        store.objects.read(row["object"])
+        copy.objects.stage_bytes(store.objects.path(row["object"]).read_bytes())
+    copy.settle()
+    copy.database.close()
+
+
 def import_archive(store: DeltaStore, path: Path) -> dict[str, str]:
     """Add the commits of an archive, and its branches as "imported/NAME"; nothing is checked out.
 

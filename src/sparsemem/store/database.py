@@ -75,6 +75,17 @@ class Database:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
 
+    def copy(self, folder: Path) -> None:
+        """Write a copy, as it stands at one moment, to another folder; nothing if there is no history yet.
+
+        Raises:
+            CheckpointError: The file is damaged, foreign or of a newer format.
+            OutputError: The copy could not be written.
+        """
+        if self.path.is_file():
+            with self._errors(), contextlib.closing(sqlite3.connect(folder / HISTORY_FILE)) as target:
+                self._open().backup(target)
+
     def close(self) -> None:
         """Close the file."""
         if self._connection is not None:

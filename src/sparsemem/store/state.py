@@ -85,7 +85,7 @@ def _replayed(parts: list[StoredRows]) -> PoolState:
     is_first[1:] = is_last[:-1]
     now = _gathered([part.after for part in parts], [part.after_index for part in parts], order[is_last])
     then = _gathered([part.before for part in parts], [part.before_index for part in parts], order[is_first])
-    return PoolState(ordered[is_last], now, then, parts[0].num_slots)
+    return PoolState(ordered[is_last], now, then, max(part.num_slots for part in parts))
 
 
 def _gathered(tables: list[Tensor], indices: list[Tensor], chosen: Tensor) -> Table:
@@ -157,8 +157,9 @@ def difference(old: State, new: State) -> SparseDelta:
         slot_ids = torch.cat([pool.slot_ids for pool in pools]).unique()
         before, after = (_rows(state.get(name), slot_ids, pools) for state in (old, new))
         moved = (before.view(torch.int32) != after.view(torch.int32)).any(dim=1)
+        num_slots = max(pool.num_slots for pool in pools)
         if moved.any():
-            changes[name] = RowChange(slot_ids[moved], before[moved], after[moved], pools[0].num_slots)
+            changes[name] = RowChange(slot_ids[moved], before[moved], after[moved], num_slots)
     return SparseDelta(changes)
 
 
@@ -189,7 +190,7 @@ def write(state: State, pools: Mapping[str, Pool], *, on_top: bool = False) -> N
     for name, of_pool in state.items():
         pool = pools.get(name)
         width = of_pool.now.rows.shape[1]
-        if pool is None or (pool.num_slots, pool.value_dim) != (of_pool.num_slots, width):
+        if pool is None or not pool.can_hold(of_pool.num_slots, width):
             found = f"{pool.num_slots} x {pool.value_dim}" if pool else "missing"
             raise PoolMismatchError(
                 f"the history is of pool {name!r} of {of_pool.num_slots} x {width}, here it is {found}; "

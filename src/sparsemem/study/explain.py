@@ -78,9 +78,9 @@ def taught_updates(folder: Path, facts: Sequence[Fact] = ()) -> list[Taught]:
     ]
 
 
-def known_facts(store: DeltaStore) -> list[Fact]:
-    """List the facts of the version that is checked out whose text the history keeps, the oldest first."""
-    return _readable(store.facts(store.head()))
+def known_facts(store: DeltaStore, version: str | None) -> list[Fact]:
+    """List the facts of a version whose text the history keeps, the oldest first."""
+    return _readable(store.facts(version))
 
 
 def _facts_of(rows: Sequence[FactRow], given: Sequence[Fact]) -> tuple[Fact, ...]:

@@ -120,7 +120,7 @@ def _updates(store: DeltaStore) -> list[dict[str, Any]]:
 def _questions(store: DeltaStore, given: str | Path | None) -> list[dict[str, Any]]:
     """List what can be asked: each fact that is known in all its wordings, and the questions given."""
     rows = []
-    for fact in known_facts(store):
+    for fact in known_facts(store, store.head()):
         wordings = [("trained", fact.question), *(("held-out", text) for text in fact.heldout_questions)]
         rows += [
             {"question": text, "wording": wording, "right": list(fact.answers)}
@@ -142,7 +142,7 @@ def _asked(
     prompt: PromptFormat,
 ) -> dict[str, Any]:
     """Load the model once, and ask it before and after all that was learned."""
-    asked, facts = rows[:max_questions], known_facts(store)
+    asked, facts = rows[:max_questions], known_facts(store, store.head())
     shown = [(text, "") for text in texts] or [
         (qa_question(fact.question), qa_examples(SHOTS)) for fact in facts if fact.question
     ][:NUM_HEATMAPS]

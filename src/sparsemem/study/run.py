@@ -29,7 +29,7 @@ from sparsemem.evaluation.probes import Probe, ProbeScore, load_probes
 from sparsemem.files import read_json, write_json
 from sparsemem.memory.attach import memory_layers, pools
 from sparsemem.memory.base_model import fingerprint, load_base_model
-from sparsemem.memory.checkpoint import base_weights
+from sparsemem.memory.checkpoint import FORMAT_VERSION, base_weights
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
@@ -311,7 +311,9 @@ def base_scores(
 
 def attached_folder(spec: RunSpec, background: Sequence[str], cache: Path) -> Path:
     """Attach the memory of a run, or return the folder where an earlier run did."""
-    key = _digest(spec.model, to_json(spec.memory_config), spec.attach_options, list(background))
+    key = _digest(
+        FORMAT_VERSION, spec.model, to_json(spec.memory_config), spec.attach_options, list(background)
+    )
     folder = cache / "memories" / key
     if not folder.is_dir():
         try:
