@@ -56,6 +56,6 @@ def grow(args: argparse.Namespace) -> None:
                 f"{result['num_facts']} learned facts name their subject read another slot now"
             )
         console.say(
-            f"block {index}: ordinary text reads {layer['kept']:.1%} as before, and {layer['new']:.1%} in new "
-            "slots"
+            f"block {index}: ordinary text reads {layer['kept']:.1%} as before, "
+            f"and {layer['new']:.1%} in new slots"
         )
