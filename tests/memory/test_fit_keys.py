@@ -5,7 +5,7 @@ from sparsemem.config import MemoryConfig
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.memory.attach import attach_memory, memory_layers, observe_reads, pools
 from sparsemem.memory.fit_keys import (
-    _collect_inputs,
+    background_states,
     balanced_sample,
     context_invariant_components,
     fit_keys,
@@ -87,9 +87,8 @@ def test_states_are_those_that_reads_are_asked_with(tiny_model, tiny_tokenizer, 
         ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])
         keep = lambda layer, reads: expected[layer.block_index].append(reads.hidden[0, 1:])
         observe_reads(model, keep, input_ids=ids)
-    for states, seen in zip(
-        _collect_inputs(model, tiny_tokenizer, texts[:9], 10**6, layers, None), expected.values(), strict=True
-    ):
+    found = background_states(model, tiny_tokenizer, texts[:9], 10**6, layers, None)
+    for states, seen in zip(found, expected.values(), strict=True):
         torch.testing.assert_close(states.hidden, torch.cat(seen))
 
 
