@@ -254,7 +254,9 @@ def test_pool_behaves_as_a_dense_table_and_stays_minimal(with_base, actions):
     expected = base.clone()
     for seed, (action, chosen) in enumerate(actions):
         chosen = torch.tensor(sorted(chosen, reverse=True), dtype=torch.int64)
-        expected[chosen] = base[chosen] if action == "reset" else random_rows(len(chosen), seed)
+        # Few rows, so that many slots hold the same, and one comes back after it was written over.
+        rows = random_rows(3)[(chosen + seed) % 3] if action == "write" else random_rows(len(chosen), seed)
+        expected[chosen] = base[chosen] if action == "reset" else rows
         if action == "train":
             active = pool.activate(chosen)
             with torch.no_grad():
@@ -268,6 +270,25 @@ def test_pool_behaves_as_a_dense_table_and_stays_minimal(with_base, actions):
         distinct = {tuple(row) for row in bits(expected)[differing].tolist()}
         assert len(pool.rows) == pool.num_rows == len(distinct)
         assert pool.holders.sum() == len(differing)
+
+
+def test_a_row_that_is_restored_is_the_one_that_other_slots_hold():
+    pool, rows = Pool(SLOTS, WIDTH), random_rows(2)
+    pool.write(torch.tensor([1, 2, 3]), rows[[0, 0, 0]])
+    groups = pool.groups(EVERY)
+    pool.write(torch.tensor([2]), rows[1:])
+    assert pool.groups(torch.tensor([1, 2, 3])).tolist() == [0, SLOTS, 0]
+    pool.write(torch.tensor([2]), rows[:1])
+    assert torch.equal(pool.groups(EVERY), groups)
+    assert pool.num_rows == 1
+
+
+def test_rows_with_one_hash_are_told_apart(monkeypatch):
+    monkeypatch.setattr("sparsemem.memory.pool._hashes", lambda rows: torch.zeros(len(rows)).long())
+    pool, rows = Pool(SLOTS, WIDTH), random_rows(4)
+    pool.write(torch.tensor([1, 2, 5]), rows[[0, 1, 0]])
+    pool.write(torch.tensor([3, 4]), rows[2:])
+    assert same_bits(pool.current(torch.tensor([1, 2, 5, 3, 4])), rows[[0, 1, 0, 2, 3]])
 
 
 @with_and_without_base
@@ -383,7 +404,7 @@ def test_rows_that_are_appended_are_not_copied_each_time():
         copies.add(pool.rows.data_ptr())
         assert pool.rows.shape == (start + 10, 8)
     assert len(copies) < 20
-    assert torch.equal(pool.rows, expected)
+    assert torch.equal(pool.current(torch.arange(1000)), expected)
     assert torch.equal(pool.written_ids, torch.arange(1000))
 
 

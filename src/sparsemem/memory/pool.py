@@ -173,34 +173,22 @@ class Pool(nn.Module):
     def write(self, slot_ids: Tensor, values: Tensor, index: Tensor | None = None) -> None:
         """Set rows in the overlay; a slot whose row equals its base row bit for bit leaves it.
 
-        So the overlay always holds exactly the rows that differ from the base, whatever the order
-        of writes that led there, and undoing an update gives its memory back.
+        So the overlay always holds exactly the rows that differ from the base, each of them once, whatever
+        the order of writes that led there, and undoing an update gives its memory back.
 
         Args:
             slot_ids: Distinct slots, shape (slots,), none of them active.
-            values: Distinct rows, shape (rows, value_dim).
-            index: Which of them each slot gets, shape (slots,), int64. Without it `values` has a row for
-                each slot, and slots whose rows are the same bit for bit will share one.
+            values: Rows, shape (rows, value_dim).
+            index: Which of them each slot gets, shape (slots,), int64; by default there is one for each.
         """
         self._check_ids(slot_ids)
-        if index is None:
-            assert len(values) == len(slot_ids), values.shape
-            values, index = distinct(values.cpu())
-        assert values.shape[1:] == (self.value_dim,), values.shape
+        index = torch.arange(len(slot_ids)) if index is None else index
         device = self.slot_to_row.device
-        slot_ids, index, values = slot_ids.to(device), index.to(device), values.to(self.rows)
+        slot_ids, index, values = slot_ids.to(device), index.to(device), values.to(self.rows).contiguous()
+        assert values.shape[1:] == (self.value_dim,), values.shape
         assert (self.slot_to_row[slot_ids] >= IN_BASE).all(), "an active row is written by training only"
-        self._release(slot_ids)
-        # Compared as integers: -0.0 == 0.0, but they are not the same bits.
-        bits, base = values.view(torch.int32), self._base_rows(slot_ids).view(torch.int32)
-        kept = (bits[index] != base).any(dim=1) if self.base is not None else bits.any(dim=1)[index]
-        slot_ids, index = slot_ids[kept], index[kept]
-        holders = torch.bincount(index, minlength=len(values)).int()
-        places = self._add(values[holders > 0], holders[holders > 0])
-        of_value = torch.full((len(values),), IN_BASE, dtype=torch.int32, device=device)
-        of_value[holders > 0] = places
-        self.slot_to_row[slot_ids] = of_value[index]
-        self._compact()
+        values, same = _merged(values)
+        self._put(slot_ids, values, same[index], _places_in(self.rows, values))
 
     @contextlib.contextmanager
     def overwritten(self, slot_ids: Tensor, values: Tensor) -> Iterator[None]:
@@ -260,7 +248,28 @@ class Pool(nn.Module):
         selection, values = self.selection, self.active.detach()
         self.active = self.selection = None
         self.slot_to_row[selection.slot_ids] = IN_BASE
-        self.write(selection.slot_ids, values, selection.row_of)
+        # What was trained is like no other row, and need not be looked for among them in each step.
+        self._put(selection.slot_ids, values, selection.row_of, None)
+
+    def _put(self, slot_ids: Tensor, values: Tensor, index: Tensor, places: Tensor | None) -> None:
+        """Give slots new rows; `places` says where the overlay has them already, and IN_BASE elsewhere."""
+        if places is None:
+            places = torch.full((len(values),), IN_BASE, device=values.device)
+        self._release(slot_ids)
+        # Compared as integers: -0.0 == 0.0, but they are not the same bits.
+        bits = values.view(torch.int32)
+        if self.base is None:
+            kept = bits.any(dim=1)[index]
+        else:
+            kept = (bits[index] != self._base_rows(slot_ids).view(torch.int32)).any(dim=1)
+        slot_ids, index = slot_ids[kept], index[kept]
+        holders = torch.bincount(index, minlength=len(values)).int()
+        is_there, is_new = places >= 0, (places < 0) & (holders > 0)
+        self.holders.index_add_(0, places[is_there], holders[is_there])
+        places = places.int()
+        places[is_new] = self._add(values[is_new], holders[is_new])
+        self.slot_to_row[slot_ids] = places[index]
+        self._compact()
 
     def _release(self, slot_ids: Tensor) -> None:
         """Let go of the rows of some slots; one that nobody holds any more is free for another."""
@@ -366,6 +375,45 @@ def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
             first.append(number)
         index.append(place)
     return rows[first], torch.tensor(index, dtype=torch.int64)
+
+
+def _merged(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find rows that are the same bit for bit: the distinct ones, and which of them each row is."""
+    hashes, place = _hashes(rows).unique(return_inverse=True)
+    if len(hashes) == len(rows):
+        return rows, torch.arange(len(rows), device=rows.device)
+    first = torch.full((len(hashes),), len(rows), device=rows.device)
+    first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), "amin")
+    if _same_bits(rows, rows[first][place]).all():
+        return rows[first], place
+    # Two rows have one hash: as good as never, but then it has to be right.
+    kept, index = distinct(rows.cpu())
+    return kept.to(rows), index.to(rows.device)
+
+
+def _places_in(table: Tensor, rows: Tensor) -> Tensor:
+    """Find each row in a table of distinct ones; shape (rows,), IN_BASE where it is not there."""
+    places = torch.full((len(rows),), IN_BASE, device=rows.device)
+    if len(table) and len(rows):
+        hashes, order = _hashes(table).sort()
+        found = order[torch.searchsorted(hashes, _hashes(rows)).clamp(max=len(table) - 1)]
+        is_same = _same_bits(table[found], rows)
+        places[is_same] = found[is_same]
+    return places
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """Hash the bits of each row; shape (rows,), int64."""
+    # Two numbers at a time, where their number is even.
+    bits = rows.view(torch.int64) if rows.shape[1] % 2 == 0 else rows.view(torch.int32).long()
+    odd = 2 * torch.arange(bits.shape[1], device=rows.device) + 1
+    factors = (odd * 0x9E3779B97F4A7C1) ^ (odd << 29) | 1
+    return (bits * factors).sum(dim=1)
+
+
+def _same_bits(some: Tensor, other: Tensor) -> Tensor:
+    """Compare rows with rows; bool, shape (rows,)."""
+    return (some.view(torch.int32) == other.view(torch.int32)).all(dim=1)
 
 
 def _appended(tensor: Tensor, more: Tensor) -> Tensor:
