@@ -20,11 +20,12 @@ LAYERS = (
 """Each may import what stands before it, and itself; siblings do not import each other."""
 
 MEMORY_ORDER = (
-    {"lookup", "read", "base_model"},
+    {"lookup", "read", "rows", "base_model"},
     {"pool"},
     {"layer", "delta"},
     {"attach"},
     {"fit_keys", "checkpoint"},
+    {"grow"},
 )
 
 OPTIONAL = {

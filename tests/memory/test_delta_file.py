@@ -118,9 +118,9 @@ def test_a_file_with_another_header_is_an_error(tmp_path, header, message):
         {"slot_ids": torch.tensor([1, 6, 9], dtype=torch.int32)},
         {"after": torch.zeros(3, WIDTH + 1)},
         {"after": torch.zeros(3, WIDTH, dtype=torch.float64)},
-        {"before": torch.zeros(3 * WIDTH), "after": torch.zeros(3 * WIDTH)},
+        {"before": torch.zeros(3 * WIDTH, 1), "after": torch.zeros(3 * WIDTH, 1)},
     ],
-    ids=["order", "twice", "too high", "negative", "count", "id type", "width", "row type", "flat"],
+    ids=["order", "twice", "too high", "negative", "count", "id type", "width", "row type", "more rows"],
 )
 def test_slot_ids_and_rows_that_do_not_fit_together_are_an_error(tmp_path, damage):
     change = dataclasses.replace(make_delta().changes["layer_1"], **damage)

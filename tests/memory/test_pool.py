@@ -284,7 +284,7 @@ def test_a_row_that_is_restored_is_the_one_that_other_slots_hold():
 
 
 def test_rows_with_one_hash_are_told_apart(monkeypatch):
-    monkeypatch.setattr("sparsemem.memory.pool._hashes", lambda rows: torch.zeros(len(rows)).long())
+    monkeypatch.setattr("sparsemem.memory.rows._hashes", lambda rows: torch.zeros(len(rows)).long())
     pool, rows = Pool(SLOTS, WIDTH), random_rows(4)
     pool.write(torch.tensor([1, 2, 5]), rows[[0, 1, 0]])
     pool.write(torch.tensor([3, 4]), rows[2:])

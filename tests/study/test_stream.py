@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -313,6 +314,14 @@ def test_following_learns_what_is_appended(folder, config, tmp_path):
     assert taught(folder) == ["Zed", "Quz"]
 
 
+def num_commits(folder):
+    store = DeltaStore(folder)
+    try:
+        return len(store)
+    finally:
+        store.database.close()  # SQLite does not stand a fork with an open connection
+
+
 def test_a_stream_that_is_killed_again_and_again_learns_each_row_once(folder, config, source):
     chance, num_kills, done = random.Random(0), 0, False
     while not done:
@@ -322,11 +331,15 @@ def test_a_stream_that_is_killed_again_and_again_learns_each_row_once(folder, co
             try:
                 stream(folder, source, batch_size=1, probes=[], config=config)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         # Killed by what is there, not by the clock: a quick machine is through before any time that is set.
-        while not done and (num_kills >= 4 or len(DeltaStore(folder)) < num_kills):
-            done = os.waitpid(child, os.WNOHANG) == (child, 0)
+        while not done and (num_kills >= 4 or num_commits(folder) < num_kills):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            assert status == 0, "the stream failed: see what it says above"
+            done = ended == child
             time.sleep(0.005)
         time.sleep(0.0 if done else chance.uniform(0, 0.05))
         if not done:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparsemem.errors import CheckpointError, PoolMismatchError
 from sparsemem.files import read_tensors, write_tensors
-from sparsemem.memory.pool import Pool, distinct
+from sparsemem.memory.pool import Pool
+from sparsemem.memory.rows import distinct, same_bits
 
 FORMAT = "sparsemem-delta"
 FORMAT_VERSION = 2
@@ -231,11 +232,6 @@ def _compose(first: RowChange, second: RowChange) -> RowChange:
         raise PoolMismatchError("the later delta does not start from what the earlier one leaves")
     after[at_second] = second.after
     return RowChange(ids, before, after, max(first.num_slots, second.num_slots))
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether rows are equal as bits: -0.0 == 0.0, but they are not the same."""
-    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:

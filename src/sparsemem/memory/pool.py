@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsemem.errors import ConfigError, PoolMismatchError
 from sparsemem.memory.read import sparse_read
+from sparsemem.memory.rows import NOWHERE, distinct, places_in
 
 IN_BASE = -1
 """`slot_to_row` of a slot that was never written."""
@@ -124,7 +125,7 @@ class Pool(nn.Module):
         alone = torch.zeros_like(places, dtype=torch.bool)
         if len(self.holders):
             alone |= (places >= 0) & (self.holders[places.clamp(min=0)] == 1)
-        if self.selection is not None:
+        if self.selection is not None and len(self.selection.holders):
             rows = (FIRST_ACTIVE - places).clamp(min=0)
             alone |= (places <= FIRST_ACTIVE) & (self.selection.holders[rows] == 1)
         return torch.where(alone, self.num_slots, places)
@@ -187,8 +188,8 @@ class Pool(nn.Module):
         slot_ids, index, values = slot_ids.to(device), index.to(device), values.to(self.rows).contiguous()
         assert values.shape[1:] == (self.value_dim,), values.shape
         assert (self.slot_to_row[slot_ids] >= IN_BASE).all(), "an active row is written by training only"
-        values, same = _merged(values)
-        self._put(slot_ids, values, same[index], _places_in(self.rows, values))
+        values, same = distinct(values)
+        self._put(slot_ids, values, same[index], places_in(self.rows, values))
 
     @contextlib.contextmanager
     def overwritten(self, slot_ids: Tensor, values: Tensor) -> Iterator[None]:
@@ -252,9 +253,9 @@ class Pool(nn.Module):
         self._put(selection.slot_ids, values, selection.row_of, None)
 
     def _put(self, slot_ids: Tensor, values: Tensor, index: Tensor, places: Tensor | None) -> None:
-        """Give slots new rows; `places` says where the overlay has them already, and IN_BASE elsewhere."""
+        """Give slots new rows; `places` says where the overlay has them already, if it may."""
         if places is None:
-            places = torch.full((len(values),), IN_BASE, device=values.device)
+            places = torch.full((len(values),), NOWHERE, device=values.device)
         self._release(slot_ids)
         # Compared as integers: -0.0 == 0.0, but they are not the same bits.
         bits = values.view(torch.int32)
@@ -355,65 +356,6 @@ class Pool(nn.Module):
                 f"slot {int(outside[0])} lies outside this pool of {self.num_slots} slots; "
                 "the delta or usage was made for another pool"
             )
-
-
-def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the rows that differ in a bit, in the order they come, and which of them each row is.
-
-    Args:
-        rows: On the CPU, shape (rows, width).
-
-    Returns:
-        Shapes (distinct rows, width) and (rows,), int64.
-    """
-    places: dict[bytes, int] = {}
-    first: list[int] = []
-    index: list[int] = []
-    for number, row in enumerate(rows.contiguous().numpy()):
-        place = places.setdefault(row.tobytes(), len(first))
-        if place == len(first):
-            first.append(number)
-        index.append(place)
-    return rows[first], torch.tensor(index, dtype=torch.int64)
-
-
-def _merged(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Find rows that are the same bit for bit: the distinct ones, and which of them each row is."""
-    hashes, place = _hashes(rows).unique(return_inverse=True)
-    if len(hashes) == len(rows):
-        return rows, torch.arange(len(rows), device=rows.device)
-    first = torch.full((len(hashes),), len(rows), device=rows.device)
-    first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), "amin")
-    if _same_bits(rows, rows[first][place]).all():
-        return rows[first], place
-    # Two rows have one hash: as good as never, but then it has to be right.
-    kept, index = distinct(rows.cpu())
-    return kept.to(rows), index.to(rows.device)
-
-
-def _places_in(table: Tensor, rows: Tensor) -> Tensor:
-    """Find each row in a table of distinct ones; shape (rows,), IN_BASE where it is not there."""
-    places = torch.full((len(rows),), IN_BASE, device=rows.device)
-    if len(table) and len(rows):
-        hashes, order = _hashes(table).sort()
-        found = order[torch.searchsorted(hashes, _hashes(rows)).clamp(max=len(table) - 1)]
-        is_same = _same_bits(table[found], rows)
-        places[is_same] = found[is_same]
-    return places
-
-
-def _hashes(rows: Tensor) -> Tensor:
-    """Hash the bits of each row; shape (rows,), int64."""
-    # Two numbers at a time, where their number is even.
-    bits = rows.view(torch.int64) if rows.shape[1] % 2 == 0 else rows.view(torch.int32).long()
-    odd = 2 * torch.arange(bits.shape[1], device=rows.device) + 1
-    factors = (odd * 0x9E3779B97F4A7C1) ^ (odd << 29) | 1
-    return (bits * factors).sum(dim=1)
-
-
-def _same_bits(some: Tensor, other: Tensor) -> Tensor:
-    """Compare rows with rows; bool, shape (rows,)."""
-    return (some.view(torch.int32) == other.view(torch.int32)).all(dim=1)
 
 
 def _appended(tensor: Tensor, more: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sparsemem.errors import PoolMismatchError
-from sparsemem.memory.delta import RowChange, SparseDelta, same_bits
-from sparsemem.memory.pool import Pool, distinct
+from sparsemem.memory.delta import RowChange, SparseDelta
+from sparsemem.memory.pool import Pool
+from sparsemem.memory.rows import distinct, same_bits
 from sparsemem.store.objects import AS_BEFORE, Stored, StoredRows
 
 

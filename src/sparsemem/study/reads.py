@@ -14,7 +14,7 @@ from sparsemem.data import Fact
 from sparsemem.memory.attach import observe_reads
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.memory.layer import MemoryLayer, Reads
-from sparsemem.memory.pool import distinct
+from sparsemem.memory.rows import distinct
 from sparsemem.slots.alignment import NOBODY, last_writers, most_weight, weight_of_slots
 from sparsemem.slots.subject import find_subject
 from sparsemem.slots.usage import Usage
