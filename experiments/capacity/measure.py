@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
             write_json(path, measure(num_keys, top_t))
     results = [read_json(path) for path in sorted((HERE / "results").glob("*.json"))]
     README.write_text(with_answer(README.read_text(encoding="utf-8"), results), encoding="utf-8")
+    plot(results)
 
 
 def result_path(num_keys: int, top_t: int) -> Path:
@@ -161,8 +162,7 @@ def fit(results: Sequence[dict[str, Any]]) -> Law:
     for result in results:
         config = result["config"]
         for at in result["points"]:
-            is_held_back = (config["num_keys"], config["top_t"]) == HELD_BACK
-            if not is_held_back and at["num_facts"] <= FITTED_UP_TO and 0 < at["taken"] < 1:
+            if not is_held_back(config, at["num_facts"]) and 0 < at["taken"] < 1:
                 full = at["num_facts"] / -math.log(1 - at["taken"])
                 rows.append([1.0, math.log(config["num_slots"]), math.log(config["top_t"])])
                 targets.append([math.log(full)])
@@ -177,6 +177,32 @@ def predicted(law: Law, config: dict[str, Any], num_facts: int) -> float:
     return 1 - math.exp(-num_facts / full)
 
 
+def is_held_back(config: dict[str, Any], num_facts: int) -> bool:
+    return (config["num_keys"], config["top_t"]) == HELD_BACK or num_facts > FITTED_UP_TO
+
+
+def plot(results: Sequence[dict[str, Any]]) -> None:
+    """Draw the law, and what was measured: filled where it was fitted to, hollow where it was not."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    law, steps = fit(results), [10 * 1.2**number for number in range(30)]
+    for number, result in enumerate(results):
+        config, color = result["config"], f"C{number}"
+        label = f"{config['num_slots']:,} slots, {config['top_t']} a fact"
+        axes.plot(steps, [100 * predicted(law, config, num) for num in steps], color=color, label=label)
+        for at in result["points"]:
+            face = "white" if is_held_back(config, at["num_facts"]) else color
+            axes.plot(at["num_facts"], 100 * at["taken"], "o", color=color, markerfacecolor=face)
+    axes.set(
+        xscale="log", xlabel="facts", ylabel="% of a new fact's slots taken", xlim=(9, 2500), ylim=(0, 100)
+    )
+    axes.set_title("Lines: the law. Filled: fitted to. Hollow: held back.", fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(HERE / "law.png", dpi=120)
+
+
 def with_answer(readme: str, results: Sequence[dict[str, Any]]) -> str:
     """Return the README with its answer and its table made anew."""
     law = fit(results)
@@ -185,7 +211,7 @@ def with_answer(readme: str, results: Sequence[dict[str, Any]]) -> str:
         config = result["config"]
         for at in result["points"]:
             expected = predicted(law, config, at["num_facts"])
-            is_new = (config["num_keys"], config["top_t"]) == HELD_BACK or at["num_facts"] > FITTED_UP_TO
+            is_new = is_held_back(config, at["num_facts"])
             if is_new:
                 errors.append(abs(expected - at["taken"]))
             rows.append(

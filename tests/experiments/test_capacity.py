@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -36,3 +37,11 @@ def test_the_answer_says_how_far_held_back_points_are_off(measure):
     text = measure.with_answer(readme, worse)
     assert "off by 0.0%" not in text
     assert text.count("(held back)") == 4 + 3
+
+
+def test_the_answer_in_the_readme_is_that_of_the_files(measure):
+    results = [json.loads(path.read_text()) for path in sorted((measure.HERE / "results").glob("*.json"))]
+    readme = measure.README.read_text(encoding="utf-8")
+    assert len(results) == len(measure.RUNS)
+    assert measure.with_answer(readme, results) == readme
+    assert all(result["commit"] and not result["dirty"] for result in results)
