@@ -29,7 +29,7 @@ from sparsemem.study.attach import attach_to_folder
 
 PREPARED = Path("~/.cache/sparsemem/experiments/data/trivia.jsonl").expanduser()
 LEARNING_RATES = {"memory": None, "lora": 1e-3, "full": 1e-4}
-MAX_EPOCHS = 16
+MAX_EPOCHS = 32
 TARGET = 0.8
 NUM_FACTS = 100
 NUM_BACKGROUND = 2000
