@@ -13,6 +13,7 @@ from sparsemem.errors import ConfigError
 from sparsemem.memory.attach import attach_memory, pools
 from sparsemem.slots.usage import count_usage
 from sparsemem.training.finetune import finetune
+from sparsemem.training.methods import SparseMemory
 
 from .conftest import USAGE_OPTIONS
 
@@ -254,3 +255,19 @@ def test_a_later_fact_about_the_same_subject_shares_its_slots(large, tiny_tokeni
     shared = set(first.slot_ids.tolist()) & set(second.slot_ids.tolist())
     assert len(shared) > len(first.slot_ids) / 2
     assert len(second.after.unique(dim=0)) > 1
+
+
+def test_only_what_mostly_one_other_fact_owns_is_shared(large, config):
+    model, usage = large
+    pools(model)["layer_1"].write(torch.arange(40, 48), torch.randn(2, 32), torch.arange(8) // 4)
+    method = SparseMemory(model, usage, config)
+
+    def trained(fact, slot_ids):
+        return method._claim("layer_1", {fact: torch.tensor(slot_ids)}, {fact})[0].tolist()
+
+    assert trained(0, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert trained(1, [3, 4, 5, 6]) == [4, 5, 6]
+    assert trained(2, [0, 1, 4, 5, 20]) == [20], "two others own two each"
+    assert trained(3, [40, 41, 44, 45, 21]) == [21], "two rows of before hold two each"
+    assert trained(4, [0, 1, 2, 22]) == [0, 1, 2, 22], "of the subject of fact 0"
+    assert trained(5, [40, 41, 42, 23]) == [23, 40, 41, 42], "of the subject of the first row"

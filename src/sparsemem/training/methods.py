@@ -14,7 +14,7 @@ from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.memory.attach import before_read, memory_layers, observe_reads, pools, unwrapped
 from sparsemem.memory.delta import DeltaRecorder, SparseDelta
 from sparsemem.memory.layer import MemoryLayer, Reads
-from sparsemem.memory.pool import IN_BASE
+from sparsemem.memory.pool import IN_BASE, NOTHING, Pool
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
@@ -49,7 +49,8 @@ Chosen = Mapping[int, Tensor]
 """Slots by the fact that chose them."""
 
 NOBODY, SHARED, EARLIER = -1, -2, -3
-"""Owner of a slot that no tied fact chose, of one that several train, and of one that had a row before."""
+"""Owner of a slot that no tied fact chose, of one that several train, and of one that had a row before. Of a
+row that several slots hold, it is a number below: one for each row."""
 
 
 class SparseMemory:
@@ -73,10 +74,7 @@ class SparseMemory:
         # With one memory layer everything below the reads is frozen, so a batch always reads the same.
         self.reads_are_fixed = num_layers == 1
         self.selections: dict[tuple[Example, ...], dict[str, Chosen]] = {}
-        self.owners = {
-            name: torch.where(pool.slot_to_row == IN_BASE, NOBODY, EARLIER).int()
-            for name, pool in self.pools.items()
-        }
+        self.owners = {name: _owners_before(pool) for name, pool in self.pools.items()}
         self.frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
@@ -231,8 +229,8 @@ class SparseMemory:
 
         A slot of a tied fact belongs to the first that chose it, in this update or an earlier one, and no
         other fact pulls at it. But facts of one subject choose much the same slots: a fact that finds most
-        of its own taken shares all of them, with a row each, since one row for many answers would be too
-        little.
+        of its own taken by one other shares all of them, with a row each, since one row for many answers
+        would be too little.
         """
         owners = self.owners[name]
         untied = [of_fact for fact, of_fact in chosen.items() if fact not in tied]
@@ -241,16 +239,26 @@ class SparseMemory:
                 owner = owners[of_fact]
                 taken = (owner != NOBODY) & (owner != fact)
                 owners[of_fact[~taken]] = fact
-                if 2 * taken.sum() > len(of_fact):
+                by_owner = owner[taken].unique(return_counts=True)[1]
+                if len(by_owner) and 2 * int(by_owner.max()) > len(of_fact):
                     owners[of_fact] = SHARED
         slot_ids = torch.cat([owners.new_zeros(0, dtype=torch.int64), *chosen.values()]).unique()
         owner = owners[slot_ids].long()
         is_owned = owner >= 0
         trained = torch.isin(owner, owner.new_tensor([NOBODY, SHARED, *chosen]))
         if untied:
-            trained |= (owner == EARLIER) & torch.isin(slot_ids, torch.cat(untied))
+            trained |= (owner <= EARLIER) & torch.isin(slot_ids, torch.cat(untied))
         tags = torch.where(is_owned, self.pools[name].num_slots + owner, slot_ids)
         return slot_ids[trained], tags[trained]
+
+
+def _owners_before(pool: Pool) -> Tensor:
+    """Tell who owns each slot before training, shape (slots,), int32."""
+    if pool.base is not None:
+        return torch.where(pool.slot_to_row == IN_BASE, NOBODY, EARLIER).int()
+    groups = pool.groups(torch.arange(pool.num_slots, device=pool.slot_to_row.device))
+    earlier = torch.where(groups == pool.num_slots, EARLIER, EARLIER - 1 - groups)
+    return torch.where(groups == NOTHING, NOBODY, earlier).int()
 
 
 class DenseWeights:
