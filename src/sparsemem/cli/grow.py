@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from sparsemem import console
+from sparsemem.cli.model import add_making
 from sparsemem.cli.options import add_folder_command
 
 
@@ -20,14 +21,7 @@ def add_grow(commands: Any) -> None:
         "--num-keys", type=int, required=True, metavar="N",
         help="sub-keys per half from now on; the memory will have N * N slots",
     )  # fmt: skip
-    parser.add_argument(
-        "--background", nargs="+", required=True, metavar="TEXT", help="ordinary text, as for attach"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--num-tokens", type=int, default=100_000, metavar="N", help="tokens to fit keys on")
-    parser.add_argument(
-        "--num-documents", type=int, default=1000, metavar="N", help="texts to count usage over"
-    )
+    add_making(parser)
 
 
 def grow(args: argparse.Namespace) -> None:

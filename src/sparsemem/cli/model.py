@@ -19,20 +19,25 @@ def add_attach(commands: Any) -> None:
         attach,
     )
     parser.add_argument("model", metavar="MODEL", help="Hub id, local folder or .gguf file")
+    add_making(parser)
+    parser.add_argument(
+        "--keys", default="k_means", metavar="{random,k_means,context_invariant}",
+        help="how keys are fitted (default: k_means)",
+    )  # fmt: skip
+    add_config_options(parser, MemoryConfig, "memory")
+
+
+def add_making(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that makes a memory folder."""
     parser.add_argument(
         "--background", nargs="+", required=True, metavar="TEXT",
         help="ordinary text: .txt, .jsonl with \"text\", .parquet, or a Hub data set",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument(
-        "--keys", default="k_means", metavar="{random,k_means,context_invariant}",
-        help="how keys are fitted (default: k_means)",
-    )  # fmt: skip
     parser.add_argument("--num-tokens", type=int, default=100_000, metavar="N", help="tokens to fit keys on")
     parser.add_argument(
         "--num-documents", type=int, default=1000, metavar="N", help="texts to count usage over"
     )
-    add_config_options(parser, MemoryConfig, "memory")
 
 
 def attach(args: argparse.Namespace) -> None:

@@ -154,6 +154,15 @@ def balanced_sample(
     return hidden_TD[order_T[by_class_T[rank_T < per_class]]]
 
 
+def check_sample(sample_TD: Tensor, num_needed: int, what: str) -> None:
+    """Raise DataError if a balanced sample has fewer states than there are sub-keys to fit to it."""
+    if len(sample_TD) < num_needed:
+        raise DataError(
+            f"the background has {len(sample_TD)} distinct enough tokens, too few to fit "
+            f"{num_needed} {what}; give more varied text, or fewer num_keys"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class States:
     """What one layer saw: hidden states (T, D), the token of each, and the size of the outputs."""
@@ -306,11 +315,7 @@ def _fit(
     bias = -weight @ mean_D
     sample_TD = balanced_sample(states.hidden, states.tokens, generator)
     queries_TPQ = (sample_TD @ weight.T + bias).view(-1, parts, layer.query_dim)
-    if len(queries_TPQ) < layer.num_keys:
-        raise DataError(
-            f"the background has {len(queries_TPQ)} distinct enough tokens, too few to fit "
-            f"{layer.num_keys} sub-keys; give more varied text, or fewer num_keys"
-        )
+    check_sample(sample_TD, layer.num_keys, "sub-keys")
     keys_PNQ = torch.stack(
         [k_means(queries_TPQ[:, part].contiguous(), layer.num_keys, generator) for part in range(parts)]
     )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsemem.errors import ConfigError, DataError
+from sparsemem.errors import ConfigError
 from sparsemem.memory.attach import memory_config, memory_layers, pools, unwrapped
-from sparsemem.memory.fit_keys import background_states, balanced_sample, k_means
+from sparsemem.memory.fit_keys import background_states, balanced_sample, check_sample, k_means
 from sparsemem.memory.layer import MemoryLayer
 from sparsemem.prompts import background_documents
 
@@ -85,15 +85,17 @@ def grow_memory(
     documents = background_documents(texts, tokenizer)
     seen = background_states(model, tokenizer, documents, num_tokens, layers, on_step)
     generator = torch.Generator().manual_seed(seed)
+    kept = [
+        (keep or {}).get(layer.block_index, states.hidden[:0])
+        for layer, states in zip(layers, seen, strict=True)
+    ]
     added, growth = [], {}
-    for layer, states in zip(layers, seen, strict=True):
+    for layer, states, kept_MD in zip(layers, seen, kept, strict=True):
         sample_TD = balanced_sample(states.hidden, states.tokens, generator)
-        kept_MD = (keep or {}).get(layer.block_index, sample_TD[:0])
         added.append(_new_sub_keys(layer, sample_TD, kept_MD, num_keys - config.num_keys, generator))
     for pool in pools(model).values():
         pool.grow(num_keys**2)
-    for layer, states, (keys, bias) in zip(layers, seen, added, strict=True):
-        kept_MD = (keep or {}).get(layer.block_index, states.hidden[:0])
+    for layer, states, kept_MD, (keys, bias) in zip(layers, seen, kept, added, strict=True):
         before = [layer.lookup(some) for some in (states.hidden, kept_MD)]
         layer.keys = nn.Parameter(torch.cat([layer.keys, keys.to(layer.keys)], dim=2))
         layer.key_bias = nn.Parameter(torch.cat([layer.key_bias, bias.to(layer.key_bias)], dim=2))
@@ -108,14 +110,10 @@ def _new_sub_keys(
     layer: MemoryLayer, sample_TD: Tensor, kept_MD: Tensor, num_new: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Fit new sub-keys and their biases; shapes (heads, 2, num_new, query_dim) and (heads, 2, num_new)."""
+    check_sample(sample_TD, num_new, "new sub-keys")
     shape = layer.num_heads * 2, layer.query_dim
     queries_TPQ = layer.query(sample_TD).view(-1, *shape)
     kept_MPQ = layer.query(kept_MD).view(-1, *shape)
-    if len(queries_TPQ) < num_new:
-        raise DataError(
-            f"the background has {len(queries_TPQ)} distinct enough tokens, too few to fit {num_new} new "
-            "sub-keys; give more varied text, or fewer num_keys"
-        )
     old_PNQ, old_bias_PN = layer.keys.flatten(0, 1), layer.key_bias.flatten(0, 1)
     keys, biases = [], []
     for part in range(shape[0]):

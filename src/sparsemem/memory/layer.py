@@ -140,10 +140,10 @@ class MemoryLayer(nn.Module):
             Shape (tokens, heads * top_k), 0 to 1; without a quorum, or over a base table, 1 where a slot
             holds something.
         """
+        if self.pool.base is not None:
+            return torch.ones_like(weights_TR)
         groups_TR = self.pool.groups(slot_ids_TR)
         holds_TR = (groups_TR != NOTHING).to(weights_TR.dtype)
-        if self.pool.base is not None:
-            return torch.ones_like(holds_TR)
         if not self.quorum:
             return holds_TR
         found_TR = weights_TR * holds_TR / self.num_heads

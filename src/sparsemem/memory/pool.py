@@ -96,6 +96,10 @@ class Pool(nn.Module):
         """Slots that hold another row than the base, ascending; active ones too."""
         return (self.slot_to_row != IN_BASE).nonzero().squeeze(1)
 
+    def is_written(self, slot_ids: Tensor) -> Tensor:
+        """Tell which slots hold another row than the base; bool, in the shape of `slot_ids`."""
+        return self.slot_to_row[slot_ids] != IN_BASE
+
     def read(self, slot_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum the weighted rows of each token.
 
@@ -168,7 +172,8 @@ class Pool(nn.Module):
 
     def written(self) -> tuple[Tensor, Tensor]:
         """Copy all rows that differ from the base, active ones too: slot ids (slots,) and their rows."""
-        return self.written_ids, self.current(self.written_ids)
+        slot_ids = self.written_ids
+        return slot_ids, self.current(slot_ids)
 
     @torch.no_grad()
     def write(self, slot_ids: Tensor, values: Tensor, index: Tensor | None = None) -> None:

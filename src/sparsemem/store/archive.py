@@ -59,8 +59,7 @@ def export(store: DeltaStore, path: Path, revisions: Sequence[str] = ()) -> int:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr(MANIFEST, json.dumps(manifest))
             for sha in dict.fromkeys(record["object"] for record in records.values()):
-                store.objects.read(sha)  # nothing damaged leaves the house
-                archive.write(store.objects.path(sha), f"{sha}.safetensors")
+                archive.writestr(f"{sha}.safetensors", store.objects.content(sha))
 
     write_atomically(path, write)
     return len(records)
@@ -76,8 +75,7 @@ def copy_history(store: DeltaStore, folder: Path) -> None:
     store.database.copy(folder)
     copy = DeltaStore(folder)
     for row in copy.database.rows("SELECT DISTINCT object FROM commits"):
-        store.objects.read(row["object"])
-        copy.objects.stage_bytes(store.objects.path(row["object"]).read_bytes())
+        copy.objects.stage_bytes(store.objects.content(row["object"]))
     copy.settle()
     copy.database.close()
 

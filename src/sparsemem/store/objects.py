@@ -184,6 +184,13 @@ class ObjectStore:
         Raises:
             CheckpointError: It is missing, or as `parse_object` says.
         """
+        return self._checked(sha)[1]
+
+    def content(self, sha: str) -> bytes:
+        """Read the bytes of an object, of which nothing damaged gets out; raises as `read`."""
+        return self._checked(sha)[0]
+
+    def _checked(self, sha: str) -> tuple[bytes, dict[str, StoredRows]]:
         path = self.path(sha)
         try:
             content = path.read_bytes()
@@ -191,7 +198,7 @@ class ObjectStore:
             raise CheckpointError(
                 f"{path} is missing; restore it from a copy, or import it from an export"
             ) from error
-        return parse_object(content, sha, path)
+        return content, parse_object(content, sha, path)
 
     def settled(self) -> Iterator[str]:
         """Yield the objects in `objects/`."""

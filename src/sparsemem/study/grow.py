@@ -21,10 +21,8 @@ from sparsemem.slots.usage import USAGE_FILE, Usage, count_usage, load_usage, sa
 from sparsemem.store.archive import copy_history
 from sparsemem.store.history import DeltaStore
 from sparsemem.study.explain import known_facts
-from sparsemem.training.examples import Batch, collate_parts
+from sparsemem.training.examples import Batch, collate_passes
 from sparsemem.training.finetune import build_examples
-
-EXAMPLES_PER_PASS = 32
 
 
 def grow_folder(
@@ -96,7 +94,7 @@ def _name_states(model: Any, tokenizer: Any, usage: Usage, facts: Sequence[Fact]
     examples = [example for of_fact in by_fact for example in of_fact if any(example.is_subject)]
     seen: dict[int, list[Tensor]] = {layer.block_index: [] for layer in memory_layers(model)}
     device = next(model.parameters()).device
-    for part in collate_parts(examples, max(1, len(examples) // EXAMPLES_PER_PASS), device):
+    for part in collate_passes(examples, device):
 
         def keep(layer: MemoryLayer, reads: Reads, part: Batch = part) -> None:
             hidden = reads.hidden.view(*part.is_subject.shape, -1)

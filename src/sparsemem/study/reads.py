@@ -18,14 +18,12 @@ from sparsemem.memory.rows import distinct
 from sparsemem.slots.alignment import NOBODY, last_writers, most_weight, weight_of_slots
 from sparsemem.slots.subject import find_subject
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Batch, collate_parts, encode_wording
+from sparsemem.training.examples import Batch, collate_passes, encode_wording
 from sparsemem.training.paraphrase import Wording
 
 FIRES_FROM = 0.05
 """Agreement from which a token counts as answered: a twentieth of the full answer. Below it, what its
 reads found written they found by accident."""
-
-EXAMPLES_PER_PASS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +103,9 @@ class ReadRecorder:
         name = layer.pool_name
         slot_ids_TR, weights_TR = reads.slot_ids[0].flatten(1), reads.weights[0].flatten(1)
         agreement_T = layer.agreement(slot_ids_TR, weights_TR).amax(dim=1).tolist()
+        is_written_TR = layer.pool.is_written(slot_ids_TR).cpu()
         slot_ids_TR, shares_TR = slot_ids_TR.cpu(), weights_TR.cpu() / layer.num_heads
         writers_TR = last_writers(slot_ids_TR, written_slots(self.updates, name))
-        is_written_TR = torch.isin(slot_ids_TR, layer.pool.written_ids.cpu())
         frequency_TR = self.usage.pools[name].document_frequency[slot_ids_TR]
         for place, token in enumerate(self.tokens):
             token.agreement = max(token.agreement, agreement_T[place])
@@ -128,7 +126,7 @@ class ReadRecorder:
 def firing_tokens(layer: MemoryLayer, reads: Reads) -> Tensor:
     """Tell which tokens something learned answers to in a layer; bool, shape (sequences, tokens)."""
     slot_ids_TR, weights_TR = reads.slot_ids.flatten(0, 1).flatten(1), reads.weights.flatten(0, 1).flatten(1)
-    finds_T = torch.isin(slot_ids_TR, layer.pool.written_ids).any(dim=1)
+    finds_T = layer.pool.is_written(slot_ids_TR).any(dim=1)
     agrees_T = (layer.agreement(slot_ids_TR, weights_TR) >= FIRES_FROM).any(dim=1)
     return (finds_T & agrees_T).view(reads.slot_ids.shape[:2])
 
@@ -192,7 +190,7 @@ def _subject_weights(
     if not examples:
         return weights
     device = next(model.parameters()).device
-    for part in collate_parts(examples, max(1, len(examples) // EXAMPLES_PER_PASS), device):
+    for part in collate_passes(examples, device):
 
         def add(layer: MemoryLayer, reads: Reads, part: Batch = part) -> None:
             if layer.pool_name not in asked:

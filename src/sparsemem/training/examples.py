@@ -14,6 +14,9 @@ from sparsemem.encode import pad
 from sparsemem.likelihood import IGNORE
 from sparsemem.training.paraphrase import Wording
 
+EXAMPLES_PER_PASS = 32
+"""At most so many examples are in one pass that computes no gradients."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -160,3 +163,8 @@ def collate_parts(
         parts[-1].append(example)
         num_tokens += length
     return [collate(part, device) for part in parts]
+
+
+def collate_passes(examples: Sequence[Example], device: torch.device | str = "cpu") -> list[Batch]:
+    """Cut examples into batches for passes without gradients, where how many there are is all the same."""
+    return collate_parts(examples, math.ceil(len(examples) / EXAMPLES_PER_PASS), device)

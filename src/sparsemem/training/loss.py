@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsemem.likelihood import IGNORE, before_labels, log_probs_at, next_tokens
-from sparsemem.training.examples import Batch, Example, by_length, collate_parts
+from sparsemem.training.examples import Batch, Example, by_length, collate_passes
 
 POSITIONS_KEPT = 32
 """Positions of an example whose predictions are remembered; drawn, where a wording has more."""
@@ -21,8 +21,6 @@ POSITIONS_PER_STEP = 8
 """Positions of an example that are compared in a step: each costs a pass through the output head."""
 TOP_TOKENS = 64
 """Tokens whose probabilities are remembered; all others count as one."""
-EXAMPLES_PER_PASS = 32
-"""Examples in one pass of `FactLoss.observe`."""
 
 Positions = list[list[int]]
 """Positions of each of some examples, ascending."""
@@ -84,7 +82,7 @@ class FactLoss:
     ) -> None:
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
-        for batch in collate_parts(new, -(-len(new) // EXAMPLES_PER_PASS), device):
+        for batch in collate_passes(new, device):
             positions = [self._positions[example] for example in batch.examples]
             with forward(batch):
                 log_probs_PV = log_probs_at(

@@ -14,7 +14,7 @@ from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.memory.attach import before_read, memory_layers, observe_reads, pools, unwrapped
 from sparsemem.memory.delta import DeltaRecorder, SparseDelta
 from sparsemem.memory.layer import MemoryLayer, Reads
-from sparsemem.memory.pool import IN_BASE, NOTHING, Pool
+from sparsemem.memory.pool import NOTHING, Pool
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
@@ -254,8 +254,6 @@ class SparseMemory:
 
 def _owners_before(pool: Pool) -> Tensor:
     """Tell who owns each slot before training, shape (slots,), int32."""
-    if pool.base is not None:
-        return torch.where(pool.slot_to_row == IN_BASE, NOBODY, EARLIER).int()
     groups = pool.groups(torch.arange(pool.num_slots, device=pool.slot_to_row.device))
     earlier = torch.where(groups == pool.num_slots, EARLIER, EARLIER - 1 - groups)
     return torch.where(groups == NOTHING, NOBODY, earlier).int()
