@@ -8,7 +8,9 @@ IGNORE = -100
 """Label of a position that does not count, as in transformers."""
 
 
-def label_log_probs(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+def label_log_probs(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **others: Any
+) -> Tensor:
     """Return the log-probability of every label given the tokens before it.
 
     Args:
@@ -16,16 +18,19 @@ def label_log_probs(model: Any, input_ids: Tensor, attention_mask: Tensor, label
         input_ids: Right-padded tokens, shape (sequences, tokens).
         attention_mask: 1 at tokens, 0 at padding, same shape.
         labels: Tokens to score, `IGNORE` elsewhere, same shape; the first position cannot be scored.
+        others: As in `log_probs_at`.
 
     Returns:
         Shape (labels,), float32, in reading order.
     """
     positions = before_labels(labels)
-    log_probs = log_probs_at(model, input_ids, attention_mask, positions)
+    log_probs = log_probs_at(model, input_ids, attention_mask, positions, **others)
     return log_probs.gather(-1, next_tokens(labels, positions)).squeeze(-1)
 
 
-def log_probs_at(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+def log_probs_at(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, **others: Any
+) -> Tensor:
     """Predict what follows the tokens at some positions.
 
     The output head sees only these, whatever the family does after it (soft caps, scales): for short
@@ -36,6 +41,7 @@ def log_probs_at(model: Any, input_ids: Tensor, attention_mask: Tensor, position
         input_ids: Tokens.
         attention_mask: 1 at tokens.
         positions: Where to predict, bool, in the shape of `input_ids`.
+        others: More that the model is to be called with.
 
     Returns:
         Log-probabilities, shape (positions, vocabulary), float32, in reading order.
@@ -46,7 +52,8 @@ def log_probs_at(model: Any, input_ids: Tensor, attention_mask: Tensor, position
 
     handle = model.get_output_embeddings().register_forward_pre_hook(at_positions)
     try:
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **others}
+        logits = model(**inputs).logits[0]
     finally:
         handle.remove()
     log_probs: Tensor = logits.float().log_softmax(dim=-1)

@@ -50,9 +50,9 @@ TOKENS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def make_model(family):
+def make_model(family, **options):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES.get(family, {})})
+    config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES.get(family, {}), **options})
     return AutoModelForCausalLM.from_config(config).eval()
 
 

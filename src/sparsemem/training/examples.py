@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from sparsemem import distributed
 from sparsemem.data import Fact, occurrences
@@ -14,6 +15,8 @@ from sparsemem.encode import pad
 from sparsemem.likelihood import IGNORE
 from sparsemem.training.paraphrase import Wording
 
+Length = Callable[["Example"], int]
+"""Says how many tokens of an example a pass runs."""
 EXAMPLES_PER_PASS = 32
 """At most so many examples are in one pass that computes no gradients."""
 
@@ -31,6 +34,14 @@ class Example:
     def num_labels(self) -> int:
         """Tokens that are learned."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+    @property
+    def start(self) -> int:
+        """The first token whose prediction matters, or that a memory is to answer."""
+        if not any(self.is_subject):
+            return 0
+        labels = (place for place, label in enumerate(self.labels) if label != IGNORE)
+        return min(self.is_subject.index(True), max(0, next(labels, len(self.labels)) - 1))
 
     @property
     def teaches(self) -> bool:
@@ -60,7 +71,14 @@ def own_share(wordings: Sequence[Example]) -> list[Example]:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Padded examples; every tensor but `fact_index` has shape (examples, tokens)."""
+    """Padded examples; every tensor but `fact_index` has shape (examples, tokens).
+
+    Args:
+        starts: First token of each example in here; what comes before it is `past`.
+        past: Keys and values of tokens before, padded on the left to the longest; the attention mask tells
+            them from padding, and is as much wider. A pass adds its own.
+        position_ids: Places of the tokens in their examples, where some come before.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -68,6 +86,22 @@ class Batch:
     is_subject: Tensor
     fact_index: Tensor
     examples: tuple[Example, ...]
+    starts: tuple[int, ...]
+    past: Cache | None = None
+    position_ids: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longest example, from its start on."""
+        return self.input_ids.shape[1]
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Further arguments of the model, of what comes before."""
+        if self.past is None:
+            return {}
+        position_ids = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"past_key_values": self.past, "use_cache": True, **position_ids}
 
     @property
     def model_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,11 +155,15 @@ def encode_wording(
     return Example(fact_index, tuple(ids), tuple(labels), tuple(is_subject))
 
 
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Pad examples on the right into a batch."""
-    padded = pad([list(example.input_ids) for example in examples])
-    labels = pad([list(example.labels) for example in examples], value=IGNORE)["input_ids"]
-    marks = pad([[int(m) for m in example.is_subject] for example in examples])["input_ids"]
+def collate(
+    examples: Sequence[Example], device: torch.device | str = "cpu", starts: Sequence[int] = ()
+) -> Batch:
+    """Pad examples on the right into a batch, each from its start on."""
+    starts = tuple(starts) or (0,) * len(examples)
+    from_start = [*zip(examples, starts, strict=True)]
+    padded = pad([list(example.input_ids[start:]) for example, start in from_start])
+    labels = pad([list(example.labels[start:]) for example, start in from_start], value=IGNORE)["input_ids"]
+    marks = pad([[*map(int, example.is_subject[start:])] for example, start in from_start])["input_ids"]
     return Batch(
         input_ids=padded["input_ids"].to(device),
         attention_mask=padded["attention_mask"].to(device),
@@ -133,35 +171,44 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         is_subject=marks.bool().to(device),
         fact_index=torch.tensor([example.fact_index for example in examples], device=device),
         examples=tuple(examples),
+        starts=starts,
     )
 
 
-def by_length(examples: Iterable[Example]) -> list[Example]:
+def whole(example: Example) -> int:
+    """Tokens of an example."""
+    return len(example.input_ids)
+
+
+def by_length(examples: Iterable[Example], length: Length = whole) -> list[Example]:
     """Put examples in the order in which `collate_parts` takes them."""
-    return sorted(examples, key=lambda example: (len(example.input_ids), example.input_ids))
+    return sorted(examples, key=lambda example: (length(example), example.input_ids))
 
 
 def collate_parts(
-    examples: Iterable[Example], num_parts: int, device: torch.device | str = "cpu"
+    examples: Iterable[Example],
+    num_parts: int,
+    device: torch.device | str = "cpu",
+    length: Length = whole,
 ) -> list[Batch]:
     """Cut examples into at least `num_parts` batches of examples of like length, or none into none.
 
     A part ends where padding it to the next example's length would make a quarter of it padding.
     """
-    ordered = by_length(examples)
+    ordered = by_length(examples, length)
     if not ordered:
         return []
     most = math.ceil(len(ordered) / num_parts)
     parts: list[list[Example]] = [[]]
     num_tokens = 0
     for example in ordered:
-        length = len(example.input_ids)
-        padded = length * (len(parts[-1]) + 1)
-        if parts[-1] and (len(parts[-1]) == most or num_tokens + length < 0.75 * padded):
+        tokens = length(example)
+        padded = tokens * (len(parts[-1]) + 1)
+        if parts[-1] and (len(parts[-1]) == most or num_tokens + tokens < 0.75 * padded):
             parts.append([])
             num_tokens = 0
         parts[-1].append(example)
-        num_tokens += length
+        num_tokens += tokens
     return [collate(part, device) for part in parts]
 
 

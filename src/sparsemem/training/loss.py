@@ -53,7 +53,7 @@ class FactLoss:
         self,
         model: Any,
         examples: Iterable[Example],
-        forward: Callable[[Batch], contextlib.AbstractContextManager[Any]],
+        forward: Callable[[Batch], contextlib.AbstractContextManager[Batch]],
         own: Collection[Example] | None = None,
     ) -> None:
         """Remember what a model predicts now for examples not seen in the call before; forget all others.
@@ -61,7 +61,7 @@ class FactLoss:
         Args:
             model: What is trained.
             examples: All that will be trained before the next call.
-            forward: Context of a forward pass of a batch.
+            forward: Context of a forward pass of a batch, with what of it is to be run.
             own: Examples that this process runs, if not all. Positions are drawn for the others too, so
                 that every process draws the same.
         """
@@ -78,16 +78,15 @@ class FactLoss:
         self,
         model: Any,
         new: Sequence[Example],
-        forward: Callable[[Batch], contextlib.AbstractContextManager[Any]],
+        forward: Callable[[Batch], contextlib.AbstractContextManager[Batch]],
     ) -> None:
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
         for batch in collate_passes(new, device):
             positions = [self._positions[example] for example in batch.examples]
-            with forward(batch):
-                log_probs_PV = log_probs_at(
-                    model, batch.input_ids, batch.attention_mask, _marked(batch, positions)
-                )
+            with forward(batch) as run:
+                marked = _marked(run, positions)
+                log_probs_PV = log_probs_at(model, run.input_ids, run.attention_mask, marked, **run.others)
             top = log_probs_PV.topk(min(TOP_TOKENS, log_probs_PV.shape[1]), dim=1)
             sizes = list(map(len, positions))
             expected = zip(top.values.split(sizes), top.indices.int().split(sizes), strict=True)
@@ -114,7 +113,7 @@ class FactLoss:
         """
         labelled, compared = before_labels(part.labels), _marked(part, drawn)
         either = labelled | compared
-        log_probs_PV = log_probs_at(model, part.input_ids, part.attention_mask, either)
+        log_probs_PV = log_probs_at(model, part.input_ids, part.attention_mask, either, **part.others)
         is_label = labelled[either]
         found = log_probs_PV[is_label].gather(-1, next_tokens(part.labels, labelled))
         return -found.sum(), self.locality * self._divergence(log_probs_PV[~is_label], part, drawn)
@@ -152,9 +151,9 @@ def _free(example: Example) -> list[int]:
 
 def _marked(part: Batch, positions: Positions) -> Tensor:
     """Turn the positions of each example into a mask of the part."""
-    mask = torch.zeros_like(part.attention_mask, dtype=torch.bool)
-    for row, of_example in enumerate(positions):
-        mask[row, of_example] = True
+    mask = torch.zeros_like(part.input_ids, dtype=torch.bool)
+    for row, (of_example, start) in enumerate(zip(positions, part.starts, strict=True)):
+        mask[row, [position - start for position in of_example]] = True
     return mask
 
 

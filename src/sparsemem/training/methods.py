@@ -18,7 +18,7 @@ from sparsemem.memory.pool import NOTHING, Pool
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Batch, Example, FactBatch, collate_parts, own_share
+from sparsemem.training.examples import Batch, Example, FactBatch, collate_parts, own_share, whole
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import PrefixCache
 
@@ -100,7 +100,7 @@ class SparseMemory:
         chosen: set[str] = set()
         anchored = _facts_with_subject(batch)
         several = distributed.world_size() > 1 or len(parts) > 1
-        if self.shares_pools or several or not _holds(parts[0], batch):
+        if self.reads_are_fixed or self.shares_pools or several or not _holds(parts[0], batch):
             for name, of_batch in self._beforehand(batch).items():
                 self._activate(name, of_batch, anchored)
                 chosen.add(name)
@@ -115,10 +115,14 @@ class SparseMemory:
             yield
 
     @contextlib.contextmanager
-    def part(self, batch: Batch) -> Iterator[None]:
-        """Within this context a forward pass of `batch` runs only what can change."""
-        with self.cache.reuse(batch):
-            yield
+    def part(self, batch: Batch) -> Iterator[Batch]:
+        """Within this context a forward pass runs only what of `batch` can change; yields what that is."""
+        with self.cache.resume(batch) as run:
+            yield run
+
+    def num_run(self, example: Example) -> int:
+        """Tokens of an example that a pass has to run, as a rule."""
+        return self.cache.num_run(example)
 
     def finish(self) -> SparseDelta:
         """End the training and return what it changed."""
@@ -288,9 +292,13 @@ class DenseWeights:
         """Nothing to choose."""
         return contextlib.nullcontext()
 
-    def part(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    def part(self, batch: Batch) -> contextlib.AbstractContextManager[Batch]:
         """Everything can change."""
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(batch)
+
+    def num_run(self, example: Example) -> int:
+        """All its tokens."""
+        return whole(example)
 
     def finish(self) -> None:
         """End the training; the model holds what was learned."""

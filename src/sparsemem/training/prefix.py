@@ -1,43 +1,77 @@
-"""Run only what can change: the frozen blocks below the memory, and what it reads, are computed once."""
+"""Run only what can change: blocks below the memory, its reads, and tokens before a name run once."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from sparsemem.memory.attach import find_blocks, memory_config, memory_layers
 from sparsemem.training.examples import Batch, Example
+from sparsemem.training.past import PastCache
 
 Reads = tuple[Tensor, ...]
 """Slot ids and weights, as `MemoryLayer.lookup` returns them."""
 
 
 class PrefixCache:
-    """Hidden states below the lowest memory layer and the reads of that layer, kept per example.
+    """What of a forward pass stays the same while a memory is trained, kept per example.
 
-    Below it nothing ever changes, nor do its queries and keys, so both are computed once; each further
-    step starts there. The blocks are skipped, not removed, so every family's own forward pass goes on
-    preparing masks and positions.
+    Below the lowest memory layer nothing ever changes, nor do its queries and keys: hidden states and
+    reads are computed once, and each further step starts there. The blocks are skipped, not removed, so
+    every family's own forward pass goes on preparing masks and positions.
+
+    A token that the only memory layer has no answer to is as it was in all blocks, if those before it are.
+    So `resume` runs an example from its `start` on, behind the keys and values of what comes before, as long
+    as the memory is silent there: in short facts that is half of the tokens.
 
     Args:
         model: A model with a memory, whose other weights are frozen.
-        max_bytes: Memory budget; examples beyond it are computed anew each time.
+        max_bytes: Memory budget, half of it for keys and values; what is beyond is computed anew.
     """
 
     def __init__(self, model: nn.Module, max_bytes: int = 2 * 1024**3) -> None:
-        self.layer = min(memory_layers(model), key=lambda layer: layer.block_index)
+        layers = [*memory_layers(model)]
+        self.layer = min(layers, key=lambda layer: layer.block_index)
         blocks = find_blocks(model, memory_config(model).blocks)
         self.skipped = list(blocks[: self.layer.block_index])
+        self.past = PastCache(model, len(self.skipped), len(blocks), max_bytes // 2)
+        # Above a second memory layer a token may change that the first has no answer to.
+        self.past.is_possible &= len(layers) == 1
         self.max_bytes = max_bytes
-        self.num_bytes = 0
+        self._bytes_below = 0
         self._states: dict[Example, Reads] = {}
         self._reads: dict[Example, Reads] = {}
         self._returns_tuple = False
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is taken."""
+        return self._bytes_below + self.past.num_bytes
+
+    def num_run(self, example: Example) -> int:
+        """Tokens of an example that `resume` runs, where the memory is silent before them."""
+        return len(example.input_ids) - (example.start if self.past.is_possible else 0)
+
+    @contextlib.contextmanager
+    def resume(self, batch: Batch) -> Iterator[Batch]:
+        """Run what this yields in place of `batch`: its tokens that can change, behind those that cannot."""
+        starts = self._starts(batch)
+        run = self.past.behind(batch, starts) if any(starts) else batch
+        fills = run is batch and self.past.lacks_some(batch)
+        if fills:
+            run = dataclasses.replace(batch, past=DynamicCache())
+        with self.reuse(run):
+            yield run
+        if fills and run.past is not None:
+            self.past.keep(batch, run.past, self._silent(batch))
+
     @contextlib.contextmanager
     def reuse(self, batch: Batch) -> Iterator[None]:
-        """Within this context a forward pass of `batch` computes nothing that an earlier one did.
+        """Within this context a forward pass of `batch` computes nothing below the memory twice.
 
         Its first pass remembers what it gave.
         """
@@ -48,6 +82,28 @@ class PrefixCache:
             reads = _padded(self._reads, batch)
             stack.enter_context(self._lookup(reads, batch))
             yield
+
+    def _starts(self, batch: Batch) -> tuple[int, ...]:
+        """Tell from where on each example has to run."""
+        starts = [self.past.start(example) for example in batch.examples]
+        below = [self._states, self._reads] if self.skipped else [self._reads]
+        if not any(starts) or not all(example in kept for kept in below for example in batch.examples):
+            return (0,) * len(starts)
+        silent = self._silent(batch)
+        return tuple(start if is_silent else 0 for start, is_silent in zip(starts, silent, strict=True))
+
+    def _silent(self, batch: Batch) -> list[bool]:
+        """Tell of which examples the memory answers no token before the start."""
+        if self.layer.pool.is_empty():
+            return [True] * len(batch.examples)
+        known = [example for example in batch.examples if example in self._reads]
+        before = [[tensor[: e.start] for tensor in self._reads[e]] for e in known]
+        if not before:
+            return [False] * len(batch.examples)
+        slot_ids, weights = (torch.cat(tensors).flatten(1) for tensors in zip(*before, strict=True))
+        speaks = self.layer.agreement(slot_ids, weights).any(dim=1).split([e.start for e in known])
+        silent = {example: not of_one.any() for example, of_one in zip(known, speaks, strict=True)}
+        return [silent.get(example, False) for example in batch.examples]
 
     @contextlib.contextmanager
     def _skipping(self, states: Tensor) -> Iterator[None]:
@@ -98,12 +154,15 @@ class PrefixCache:
             size = sum(t.nbytes for t in own)
             if example not in kept and self.num_bytes + size <= self.max_bytes:
                 kept[example] = own
-                self.num_bytes += size
+                self._bytes_below += size
 
 
 def _padded(kept: dict[Example, Reads], batch: Batch) -> Reads | None:
     """Put together what is kept of the examples of a batch; None where one of them is missing."""
     if not all(example in kept for example in batch.examples):
         return None
-    by_example = (kept[example] for example in batch.examples)
+    by_example = (
+        [tensor[start:] for tensor in kept[example]]
+        for example, start in zip(batch.examples, batch.starts, strict=True)
+    )
     return tuple(nn.utils.rnn.pad_sequence(list(t), batch_first=True) for t in zip(*by_example, strict=True))

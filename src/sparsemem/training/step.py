@@ -55,7 +55,7 @@ class GradientStep:
         Of several processes each adds those of the examples it runs; the loss is that of all. Where what
         holds the model back is not finite, that is returned in its place.
         """
-        drawn = by_length(self._draw(batch))
+        drawn = by_length(self._draw(batch), self.method.num_run)
         compared = self.loss.draw(drawn)
         num_labels = sum(example.num_labels for example in drawn)
         num_compared = max(1, sum(map(len, compared)))
@@ -63,15 +63,15 @@ class GradientStep:
             (example, places) for example, places in zip(drawn, compared, strict=True) if example in self.own
         ]
         num_parts = self.config.gradient_accumulation_steps
-        parts = collate_parts([example for example, _ in own], num_parts, self.device)
+        parts = collate_parts([e for e, _ in own], num_parts, self.device, self.method.num_run)
         positions = iter(places for _, places in own)
         total = total_drift = 0.0
         with self.method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
             for part in parts:
                 compared = [*itertools.islice(positions, len(part.examples))]
-                with self.method.part(part), self.precision.step():
-                    with self.precision.forward(part.input_ids.shape[1]):
-                        nll, drift = self.loss.of_part(self.method.model, part, compared)
+                with self.method.part(part) as run, self.precision.step():
+                    with self.precision.forward(run.num_tokens):
+                        nll, drift = self.loss.of_part(self.method.model, run, compared)
                     fact_loss = nll / num_labels
                     (self.guards.fact_weight * fact_loss + drift / num_compared).backward()
                 total += fact_loss.item()
@@ -81,10 +81,9 @@ class GradientStep:
         return total if math.isfinite(held) else held
 
     @contextlib.contextmanager
-    def _forward(self, part: Batch) -> Iterator[None]:
-        num_tokens = part.input_ids.shape[1]
-        with self.method.part(part), self.precision.step(), self.precision.forward(num_tokens):
-            yield
+    def _forward(self, part: Batch) -> Iterator[Batch]:
+        with self.method.part(part) as run, self.precision.step(), self.precision.forward(run.num_tokens):
+            yield run
 
     def _draw(self, batch: FactBatch) -> list[Example]:
         """Draw wordings of each fact, and texts that are held; all where it has no more."""
