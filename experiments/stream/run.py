@@ -1,22 +1,24 @@
 """Updates one after another: what is left of each, and of everything else, as more are learned?
 
     python experiments/prepare.py
-    python experiments/stream/run.py memory                          # 10 updates of 16 facts, 25 minutes
+    python experiments/stream/run.py memory                          # 10 updates of 16 facts, 20 minutes
     python experiments/stream/run.py lora --learning-rate 1e-3
     python experiments/stream/run.py full --learning-rate 1e-4
     python experiments/stream/run.py --plot                          # matrix.png, from results/*.json
 
 The memory gets a commit per update in a folder of its own; the baselines go on training the same weights, or
-the same adapter. Every fifth update is invented facts, the others real ones. After each the held-out wordings
-of all facts so far are asked (the trained one of a fact that has no other). --updates 20 --facts 50 is the
-full size.
+the same adapter. Every fifth update is invented facts, the others real ones. After each update its held-out
+wordings are asked (the trained one of a fact that has no other), and those of the first facts of all updates
+before it; after the last one, those of all. --updates 20 --facts 50 is the full size. What was done is kept
+in ~/.cache/sparsemem/experiments/stream, and a run that was cut off goes on with the next update.
 """
 
 import argparse
+import dataclasses
 import shutil
 import sys
-import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from sparsemem import console
 from sparsemem.cli.demo import demo_facts_path
 from sparsemem.evaluation.evaluate import recall, retention
 from sparsemem.evaluation.metrics import mean
-from sparsemem.evaluation.probes import load_probes, score_probe
+from sparsemem.evaluation.probes import Probe, ProbeScore, load_probes, score_probe
 from sparsemem.files import read_json, write_json
 from sparsemem.memory.base_model import fingerprint
 from sparsemem.memory.checkpoint import base_weights
@@ -38,10 +40,12 @@ from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.store.commits import fact_rows
 from sparsemem.study.measure import BUILT_IN_PROBE, built_in_probe
 from sparsemem.study.provenance import peak_bytes, provenance
-from sparsemem.study.run import attached_folder
+from sparsemem.study.run import RunSpec, attached_folder, base_scores
 
 HERE = Path(__file__).resolve().parent
 EVERY_FICTIONAL = 5
+PROGRESS = "progress.json"
+Facts = list[sparsemem.Fact]
 
 
 def main() -> None:
@@ -51,7 +55,9 @@ def main() -> None:
     parser.add_argument("method", nargs="?", default="memory")
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--facts", type=int, default=16, help="per update")
+    parser.add_argument("--asked", type=int, default=10, help="facts of each earlier update")
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--nq", default="nq_open", help="or nq_500, which is quick and says little")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-dir", type=Path, default=CACHE / "data")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -61,15 +67,19 @@ def main() -> None:
         return plot(args.out)
     data = args.data_dir
     files = [data / "trivia.jsonl", data / "trivia_stream.jsonl", demo_facts_path(), data / "tofu.jsonl"]
-    origin = provenance(data=files)
-    result = run(args, batches_of(args, [sparsemem.load_facts(path) for path in files]))
     rate = f".learning_rate-{args.learning_rate:g}" if args.learning_rate else ""
-    path = args.out / f"{args.method}{rate}.{args.updates}x{args.facts}.seed-{args.seed}.json"
-    write_json(path, {**result, "seed": args.seed, **origin, "peak_bytes": peak_bytes()})
-    console.say(str(path))
+    name = f"{args.method}{rate}.{args.updates}x{args.facts}.seed-{args.seed}"
+    result = run(
+        args, batches_of(args, [sparsemem.load_facts(path) for path in files]), CACHE / "stream" / name
+    )
+    write_json(
+        args.out / f"{name}.json",
+        {**result, "seed": args.seed, **provenance(data=files, model_sha=result["model_sha"])},
+    )
+    console.say(str(args.out / f"{name}.json"))
 
 
-def batches_of(args: argparse.Namespace, sets: list[list[sparsemem.Fact]]) -> list[list[sparsemem.Fact]]:
+def batches_of(args: argparse.Namespace, sets: list[Facts]) -> list[Facts]:
     """Cut real and invented facts into updates."""
     real, invented = iter([*sets[0], *sets[1]]), iter([*sets[2], *sets[3]])
     return [
@@ -78,95 +88,176 @@ def batches_of(args: argparse.Namespace, sets: list[list[sparsemem.Fact]]) -> li
     ]
 
 
-def run(args: argparse.Namespace, batches: list[list[sparsemem.Fact]]) -> dict[str, Any]:
+def run(args: argparse.Namespace, batches: list[Facts], work: Path) -> dict[str, Any]:
     spec = load_specs(HERE.parent / "facts", args.data_dir)["memory.seed-0"]
     config = sparsemem.FinetuneConfig(
         method=args.method, learning_rate=args.learning_rate, mixed_precision="bf16", seed=args.seed
     )
-    each = load_probes(
+    probes = load_probes(
         [f"{BUILT_IN_PROBE}={built_in_probe()}", f"wikitext={args.data_dir / 'wikitext.jsonl'}"]
     )
-    (nq,) = load_probes([f"nq_500={args.data_dir / 'nq_500.jsonl'}"])
-    attached = attached_folder(spec, spec.load_background(), CACHE)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = shutil.copytree(attached, Path(temporary) / "memory")
-        usage = load_usage(folder / USAGE_FILE) if args.method == "memory" else None
-        if usage:
-            model, tokenizer = sparsemem.load(folder)
-        else:
-            model, tokenizer = sparsemem.load_base_model(spec.model)
-        model_sha = fingerprint(base_weights(model))
-        store = sparsemem.DeltaStore(folder)
-        start = [score_probe(model, tokenizer, probe, "qa") for probe in (*each, nq)]
-        probes: list[dict[str, Any]] = [values(each, start, start)]
-        matrix, seconds, slots = [], [], []
-        for number, facts in enumerate(batches, 1):
-            began = time.perf_counter()
-            result = sparsemem.finetune(model, tokenizer, facts, usage, config)
-            model = result.model
-            seconds.append(round(time.perf_counter() - began, 1))
-            if result.delta:
-                store.commit(result.delta, f"update {number}", {"facts": fact_rows(facts)})
-                slots.append(result.delta.num_slots_trained)
-            matrix.append([known(model, tokenizer, earlier) for earlier in batches[:number]])
-            scores = [score_probe(model, tokenizer, probe, "qa") for probe in each]
-            probes.append(values(each, start, scores))
-            console.say(
-                f"{args.method} update {number}: recall {[round(r, 2) for r in matrix[-1]]} {probes[-1]}"
-            )
-        at_end = score_probe(model, tokenizer, nq, "qa")
-        bytes_of_history = sum(p.stat().st_size for p in folder.rglob("objects/**/*.safetensors"))
-    then = mean([row[-1] for row in matrix])
+    (nq,) = load_probes([f"nq={args.data_dir / args.nq}.jsonl"])
+    learner = Memory(work, spec) if args.method == "memory" else Weights(work, spec, args.method)
+    start = base_scores(learner.model, learner.tokenizer, [], [*probes, nq], spec, CACHE).probes
+    model_sha = fingerprint(base_weights(learner.model))
+    done = (
+        read_json(work / PROGRESS)
+        if (work / PROGRESS).is_file()
+        else {
+            "then": [],
+            "matrix": [],
+            "seconds": [],
+            "commits": [],
+            "probes": [values(start, start, probes)],
+        }
+    )
+    learner.resume(len(done["then"]))
+    for number, facts in enumerate(batches[len(done["then"]) :], len(done["then"]) + 1):
+        began = time.perf_counter()
+        learner.learn(facts, config, number)
+        done["seconds"].append(round(time.perf_counter() - began, 1))
+        done["then"].append(learner.recall(facts))
+        done["matrix"].append([learner.recall(earlier[: args.asked]) for earlier in batches[:number]])
+        scores = {probe.name: score_probe(learner.model, learner.tokenizer, probe, "qa") for probe in probes}
+        done["probes"].append(values(start, scores, probes))
+        done["commits"].append(provenance()["commit"])
+        write_json(work / PROGRESS, done)
+        console.say(
+            f"{args.method} {number}: {done['then'][-1]:.3f}; {[f'{r:.2f}' for r in done['matrix'][-1]]}"
+        )
+    at_end = [learner.recall(facts) for facts in batches]
+    nq_at_end = score_probe(learner.model, learner.tokenizer, nq, "qa")
     return {
         "config": {
             "method": args.method,
             "learning_rate": config.lr,
             "updates": args.updates,
             "facts": args.facts,
+            "asked_of_earlier_updates": args.asked,
         },
         "metrics": {
-            "recall": matrix,
-            "recall_when_learned": then,
-            "recall_at_end": mean(matrix[-1]),
-            "recall_kept": mean(matrix[-1]) / then,
-            "probes": probes,
-            "nq_500": {
-                "before": start[-1].value,
-                "after": at_end.value,
-                "retention": retention(start[-1], at_end),
+            "recall": done["matrix"],
+            "recall_when_learned": mean(done["then"]),
+            "recall_at_end": mean(at_end),
+            "recall_kept": mean(at_end) / mean(done["then"]),
+            "recall_by_update": {"when_learned": done["then"], "at_end": at_end},
+            "probes": done["probes"],
+            "nq": {
+                "before": start[nq.name].value,
+                "after": nq_at_end.value,
+                "retention": retention(start[nq.name], nq_at_end),
             },
-            "slots": slots,
-            "history_bytes": bytes_of_history,
+            **learner.sizes(),
         },
-        "seconds": seconds,
+        "seconds": done["seconds"],
+        "commits": list(dict.fromkeys(done["commits"])),
+        "peak_bytes": peak_bytes(),
         "model_sha": model_sha,
     }
 
 
-@torch.no_grad()
-def known(model: Any, tokenizer: Any, facts: list[sparsemem.Fact]) -> float:
-    """Mean F1 in held-out wordings, or in the trained one where a fact has no other."""
-    scores = recall(model, tokenizer, facts, "qa")
-    heldout, seen, found = iter(scores.heldout_scores), iter(scores.seen_scores), []
-    for fact in facts:
-        trained = [next(seen)] if fact.question else []
-        found += [next(heldout) for _ in fact.heldout_questions] or trained
-    return mean(found)
+class Learner:
+    """A model that goes on learning, and is kept in a folder after each update."""
+
+    model: Any
+    tokenizer: Any
+
+    def resume(self, num_updates: int) -> None:
+        """Go back to how it was after some updates."""
+        raise NotImplementedError
+
+    def learn(self, facts: Facts, config: sparsemem.FinetuneConfig, number: int) -> None:
+        """Learn an update and keep what it was."""
+        raise NotImplementedError
+
+    def sizes(self) -> dict[str, Any]:
+        """Return how much there is of what was learned."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def recall(self, facts: Facts) -> float:
+        """Mean F1 in held-out wordings, or in the trained one where a fact has no other."""
+        asked = [dataclasses.replace(f, question=None) if f.heldout_questions else f for f in facts]
+        scores = recall(self.model, self.tokenizer, asked, "qa")
+        return mean([*scores.heldout_scores, *scores.seen_scores])
 
 
-def values(probes: Any, before: Any, after: Any) -> dict[str, Any]:
+class Memory(Learner):
+    """A memory, with a commit for each update."""
+
+    def __init__(self, work: Path, spec: RunSpec) -> None:
+        self.folder = work / "memory"
+        if not self.folder.is_dir():
+            shutil.copytree(attached_folder(spec, spec.load_background(), CACHE), self.folder)
+        self.usage = load_usage(self.folder / USAGE_FILE)
+        self.store = sparsemem.DeltaStore(self.folder)
+        self.model, self.tokenizer = sparsemem.load(self.folder, revision="attached")
+
+    def resume(self, num_updates: int) -> None:  # noqa: D102
+        while len(self.store) > num_updates:  # learned, and cut off before it was measured
+            self.store.undo()
+        if num_updates:
+            self.model, _ = sparsemem.load(self.folder)
+
+    def learn(self, facts: Facts, config: sparsemem.FinetuneConfig, number: int) -> None:  # noqa: D102
+        delta = sparsemem.finetune(self.model, self.tokenizer, facts, self.usage, config).delta
+        assert delta is not None
+        self.store.commit(delta, f"update {number}", {"facts": fact_rows(facts)})
+
+    def sizes(self) -> dict[str, Any]:  # noqa: D102
+        objects = self.folder.rglob("objects/**/*.safetensors")
+        slots = [commit.num_slots for commit in reversed(self.store.log())]
+        return {"slots": slots, "history_bytes": sum(path.stat().st_size for path in objects)}
+
+
+class Weights(Learner):
+    """All weights of a model, or an adapter that is carried on."""
+
+    def __init__(self, work: Path, spec: RunSpec, method: str) -> None:
+        self.work, self.is_adapter = work, method != "full"
+        self.model, self.tokenizer = sparsemem.load_base_model(spec.model)
+
+    def resume(self, num_updates: int) -> None:  # noqa: D102
+        if num_updates and self.is_adapter:
+            from peft import PeftModel
+
+            self.model = PeftModel.from_pretrained(self.model, self._kept(num_updates), is_trainable=True)
+        elif num_updates:
+            self.model = type(self.model).from_pretrained(self._kept(num_updates))
+
+    def learn(self, facts: Facts, config: sparsemem.FinetuneConfig, number: int) -> None:  # noqa: D102
+        self.model = sparsemem.finetune(self.model, self.tokenizer, facts, None, config).model
+        self.model.save_pretrained(self._kept(number))
+        shutil.rmtree(self._kept(number - 2), ignore_errors=True)
+
+    def sizes(self) -> dict[str, Any]:  # noqa: D102
+        return {"num_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad)}
+
+    def _kept(self, number: int) -> Path:
+        return self.work / f"model-{number}"
+
+
+def values(
+    before: dict[str, ProbeScore], after: dict[str, ProbeScore], probes: Iterable[Probe]
+) -> dict[str, Any]:
     """Value and retention of each probe."""
-    kept = {}
-    for probe, old, new in zip(probes, before, after, strict=False):
-        kept[probe.name] = {"value": new.value, "retention": retention(old, new) if old.right else None}
-    return kept
+    pairs = {probe.name: (before[probe.name], after[probe.name]) for probe in probes}
+    return {
+        name: {"value": new.value, "retention": retention(old, new) if old.right else None}
+        for name, (old, new) in pairs.items()
+    }
 
 
 def plot(folder: Path) -> None:
     from sparsemem.study.figures import recall_matrices
 
-    results = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
-    matrices = {run["config"]["method"]: run["metrics"]["recall"] for run in results.values()}
+    results: Sequence[Any] = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    largest = max(run["config"]["updates"] * run["config"]["facts"] for run in results)
+    matrices = {
+        run["config"]["method"]: run["metrics"]["recall"]
+        for run in results
+        if run["config"]["updates"] * run["config"]["facts"] == largest
+    }
     for path in recall_matrices(matrices, HERE / "matrix"):
         console.say(str(path))
 
