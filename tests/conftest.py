@@ -1,7 +1,14 @@
 """A tiny random model, a tokenizer for it and background texts, all made in memory."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported, which transformers does, whether kernels run on a CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

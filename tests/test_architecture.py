@@ -20,7 +20,8 @@ LAYERS = (
 """Each may import what stands before it, and itself; siblings do not import each other."""
 
 MEMORY_ORDER = (
-    {"lookup", "read", "rows", "base_model"},
+    {"lookup", "fused_read", "rows", "base_model"},
+    {"read"},
     {"pool"},
     {"layer", "delta"},
     {"attach"},
@@ -39,6 +40,7 @@ OPTIONAL = {
     "lm_eval",
     "fastapi",
     "torch.distributed",
+    "triton",
 }
 
 

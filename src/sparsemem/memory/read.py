@@ -4,6 +4,8 @@ Shape letters: T tokens, K reads per token (all heads together), V value dim, R 
 M reads that hit a row.
 """
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -27,13 +29,54 @@ def sparse_read(weights_TK: Tensor, table_RV: Tensor, row_ids_TK: Tensor) -> Ten
 
     Returns:
         Shape (tokens, value_dim). Gradients flow to `weights_TK` and `table_RV`.
+    On CUDA this is one Triton kernel each way, where Triton is installed (torch brings it along on Linux).
     """
-    return _SparseRead.apply(weights_TK, table_RV, row_ids_TK)  # type: ignore[no-untyped-call,no-any-return]
+    read: Any = fused_read(weights_TK.device) or PlainRead
+    return read.apply(weights_TK, table_RV, row_ids_TK)  # type: ignore[no-any-return]
 
 
-class _SparseRead(torch.autograd.Function):
+@functools.cache
+def fused_read(device: torch.device) -> type[torch.autograd.Function] | None:
+    """Return the read in Triton, where it runs on a device and finds there what the plain one does."""
+    if device.type != "cuda":
+        return None
+    try:
+        from sparsemem.memory.fused_read import FusedRead
+    except ImportError:
+        return None
+    try:
+        if is_same_read(FusedRead, device):
+            return FusedRead
+        problem: Any = "it gives other numbers"
+    except Exception as error:  # whatever a compiler says about a device that it does not know
+        problem = error
+    warnings.warn(f"sparsemem reads without Triton on {device}, which is slower: {problem}", stacklevel=2)
+    return None
+
+
+def is_same_read(read: type[torch.autograd.Function], device: torch.device) -> bool:
+    """Whether a read gives the sums and gradients of `PlainRead` for a small table."""
+    generator = torch.Generator().manual_seed(0)
+    row_ids_TK = torch.randint(-3, 5, (7, 20), generator=generator).to(device)
+    drawn = (torch.randn(shape, generator=generator).to(device) for shape in ((7, 20), (5, 130), (7, 130)))
+    weights_TK, table_RV, grad_TV = drawn
+    inputs = weights_TK.requires_grad_(), table_RV.requires_grad_()
+
+    def found(cls: Any) -> tuple[Tensor, ...]:
+        sums_TV = cls.apply(*inputs, row_ids_TK)
+        return sums_TV, *torch.autograd.grad(sums_TV, inputs, grad_TV)
+
+    with torch.enable_grad():
+        pairs = zip(found(read), found(PlainRead), strict=True)
+    return all(torch.allclose(own, plain, rtol=1e-4, atol=1e-4) for own, plain in pairs)
+
+
+class PlainRead(torch.autograd.Function):
+    """`sparse_read` in operations of torch, for every device; what other ways to do it are held against."""
+
     @staticmethod
     def forward(ctx: Any, weights_TK: Tensor, table_RV: Tensor, row_ids_TK: Tensor) -> Tensor:
+        """Return the sums, shape (tokens, value_dim)."""
         hit_TK = row_ids_TK >= 0
         tokens_M = hit_TK.nonzero()[:, 0]
         rows_M = row_ids_TK[hit_TK]
@@ -42,6 +85,7 @@ class _SparseRead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradients of the weights and of the table."""
         (grad_TV,) = grads
         weights_TK, table_RV, hit_TK, tokens_M, rows_M = ctx.saved_tensors
         grad_weights = grad_table = None
