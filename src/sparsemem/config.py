@@ -127,7 +127,8 @@ class FinetuneConfig:
     max_length: int = 512
     """Longer wordings are cut."""
     prefix_cache_bytes: int = 2 * 1024**3
-    """Memory for hidden states below the memory, so that they are computed once."""
+    """Memory for what never changes of a wording, so that it is computed once: states below the memory,
+    and all before the subject. What is beyond it is kept on disk, in files of TMPDIR; 0 keeps nothing."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Compute in bfloat16 what allows it; weights and rows stay float32."""
     penalty: Literal["auto", "none", "ewc", "kl", "local_kl"] = "auto"

@@ -1,5 +1,8 @@
 """Facts for the tiny model, its background usage, and ways to look at all of its rows."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -36,6 +39,14 @@ def config():
     return FinetuneConfig(
         num_epochs=3, top_t=8, learning_rate=0.05, facts_per_batch=2, wordings_per_step=99, max_length=128
     )
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def allocate(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
 
 
 @pytest.fixture

@@ -121,7 +121,20 @@ def test_after_a_cached_pass_the_model_runs_every_block_again(model):
     assert not any("forward" in vars(block) for block in find_blocks(model))
 
 
-def test_nothing_is_kept_beyond_the_budget(model):
+def test_what_is_beyond_the_budget_is_kept_on_disk(model):
+    examples = make_examples([5, 9, 3])
+    batch, of_first = collate(examples), 5 * WIDTH * 4
+    cache = PrefixCache(model, max_bytes=of_first + 8)
+    calls = count_calls(model, 0)
+    expected = loss_and_gradient(model, batch)
+    for _ in range(3):
+        torch.testing.assert_close(loss_and_gradient(model, batch, cache), expected)
+    assert len(calls) == 2
+    assert cache.shelf.num_bytes == of_first
+    assert cache.shelf.num_bytes_on_disk > 0
+
+
+def test_what_neither_memory_nor_disk_has_room_for_is_computed_anew(model, full_disk):
     examples = make_examples([5, 9, 3])
     batch, of_first = collate(examples), 5 * WIDTH * 4
     cache = PrefixCache(model, max_bytes=of_first + 8)
@@ -130,7 +143,6 @@ def test_nothing_is_kept_beyond_the_budget(model):
     for _ in range(2):
         torch.testing.assert_close(loss_and_gradient(model, batch, cache), expected)
     assert len(calls) == 3
-    assert cache.num_bytes == of_first
     loss_and_gradient(model, collate(examples[:1]), cache)
     assert len(calls) == 3
 
@@ -141,7 +153,7 @@ def test_a_budget_of_nothing_keeps_nothing(model):
     for _ in range(2):
         loss_and_gradient(model, batch, cache)
     assert len(calls) == 2
-    assert cache.num_bytes == 0
+    assert cache.shelf.num_bytes == cache.shelf.num_bytes_on_disk == 0
 
 
 def test_below_the_first_block_only_reads_are_kept():
@@ -156,7 +168,7 @@ def test_below_the_first_block_only_reads_are_kept():
     expected = model(input_ids=batch.input_ids).logits
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1, :3], expected[1, :3])
-    assert cache.num_bytes == (5 + 3) * 2 * 3 * (8 + 4)
+    assert cache.shelf.num_bytes == (5 + 3) * 2 * 3 * (8 + 4)
 
 
 def test_slots_are_looked_up_once_per_example(model, monkeypatch):

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 
 from sparsemem.memory.attach import unwrapped
 from sparsemem.training.examples import Batch, Example, collate
+from sparsemem.training.shelf import Shelf
 
 ATTENTION = {"full_attention", "sliding_attention"}
 """Kinds of blocks that know what came before by keys and values alone."""
@@ -30,13 +31,12 @@ class PastCache:
         model: A causal LM.
         num_skipped: Blocks that are not run, the first ones.
         num_blocks: All its blocks.
-        max_bytes: Memory budget.
+        shelf: Where they are kept.
     """
 
-    def __init__(self, model: nn.Module, num_skipped: int, num_blocks: int, max_bytes: int) -> None:
-        self.num_skipped, self.num_blocks, self.max_bytes = num_skipped, num_blocks, max_bytes
+    def __init__(self, model: nn.Module, num_skipped: int, num_blocks: int, shelf: Shelf) -> None:
+        self.num_skipped, self.num_blocks, self.shelf = num_skipped, num_blocks, shelf
         self.is_possible = _knows_past(model)
-        self.num_bytes = 0
         self._is_full = False
         self._kept: dict[Example, Past] = {}
 
@@ -50,7 +50,7 @@ class PastCache:
         return new and self.is_possible and not self._is_full
 
     def keep(self, batch: Batch, filled: Cache, is_fixed: Sequence[bool]) -> None:
-        """Take over what a pass of whole examples filled in, as far as the budget goes.
+        """Take over what a pass of whole examples filled in, as long as there is room.
 
         Args:
             batch: The examples.
@@ -68,13 +68,11 @@ class PastCache:
             if not fixed or not example.start or example in self._kept:
                 continue
             of_blocks = ([tensor[row, :, : example.start] for tensor in pair] for pair in states)
-            past = Past(*(torch.stack(tensors).detach() for tensors in zip(*of_blocks, strict=True)))
-            size = past.keys.nbytes + past.values.nbytes
-            if self.num_bytes + size > self.max_bytes:
+            past = self.shelf.put([torch.stack(tensors) for tensors in zip(*of_blocks, strict=True)])
+            if past is None:
                 self._is_full = True
                 return
-            self._kept[example] = past
-            self.num_bytes += size
+            self._kept[example] = Past(*past)
 
     def behind(self, batch: Batch, starts: Sequence[int]) -> Batch:
         """Cut off the tokens before the starts, and put what is kept of them in their place."""
@@ -89,12 +87,14 @@ class PastCache:
             attention_mask=torch.cat([is_past.to(run.attention_mask.dtype), run.attention_mask], dim=1),
             # Padding takes the last place: models that learn their places have no more than they need.
             position_ids=torch.minimum(lengths + torch.arange(run.num_tokens, device=device), ends),
-            past=self._cache(pasts, longest),
+            past=self._cache(pasts, longest, device),
         )
 
-    def _cache(self, pasts: Sequence[Past | None], length: int) -> Cache:
+    def _cache(self, pasts: Sequence[Past | None], length: int, device: torch.device) -> Cache:
         cache = DynamicCache()
-        keys, values = (_left_padded([past and past[part] for past in pasts], length) for part in (0, 1))
+        keys, values = (
+            _left_padded([past and past[part] for past in pasts], length, device) for part in (0, 1)
+        )
         for number in range(self.num_blocks):
             # Skipped blocks never look, but a model asks the first one how much came before.
             block = max(0, number - self.num_skipped)
@@ -110,11 +110,11 @@ def _knows_past(model: nn.Module) -> bool:
     return {"past_key_values", "position_ids"} <= arguments.keys() and ATTENTION.issuperset(kinds)
 
 
-def _left_padded(tensors: Sequence[Tensor | None], length: int) -> Tensor:
+def _left_padded(tensors: Sequence[Tensor | None], length: int, device: torch.device) -> Tensor:
     """Stack what is kept of examples; shape (blocks, examples, heads, length, head dim)."""
     some = next(tensor for tensor in tensors if tensor is not None)
     num_blocks, num_heads, _, width = some.shape
-    stacked = some.new_zeros(num_blocks, len(tensors), num_heads, length, width)
+    stacked = some.new_zeros(num_blocks, len(tensors), num_heads, length, width, device=device)
     for row, tensor in enumerate(tensors):
         if tensor is not None:
             stacked[:, row, :, length - tensor.shape[2] :] = tensor

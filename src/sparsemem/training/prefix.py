@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from sparsemem.memory.attach import find_blocks, memory_config, memory_layers
 from sparsemem.training.examples import Batch, Example
 from sparsemem.training.past import PastCache
+from sparsemem.training.shelf import Shelf
 
 Reads = tuple[Tensor, ...]
 """Slot ids and weights, as `MemoryLayer.lookup` returns them."""
@@ -30,7 +31,7 @@ class PrefixCache:
 
     Args:
         model: A model with a memory, whose other weights are frozen.
-        max_bytes: Memory budget, half of it for keys and values; what is beyond is computed anew.
+        max_bytes: Memory budget; what is beyond it is kept on disk. With 0 all is computed anew.
     """
 
     def __init__(self, model: nn.Module, max_bytes: int = 2 * 1024**3) -> None:
@@ -38,19 +39,13 @@ class PrefixCache:
         self.layer = min(layers, key=lambda layer: layer.block_index)
         blocks = find_blocks(model, memory_config(model).blocks)
         self.skipped = list(blocks[: self.layer.block_index])
-        self.past = PastCache(model, len(self.skipped), len(blocks), max_bytes // 2)
+        self.shelf = Shelf(max_bytes)
+        self.past = PastCache(model, len(self.skipped), len(blocks), self.shelf)
         # Above a second memory layer a token may change that the first has no answer to.
         self.past.is_possible &= len(layers) == 1
-        self.max_bytes = max_bytes
-        self._bytes_below = 0
         self._states: dict[Example, Reads] = {}
         self._reads: dict[Example, Reads] = {}
         self._returns_tuple = False
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that is taken."""
-        return self._bytes_below + self.past.num_bytes
 
     def num_run(self, example: Example) -> int:
         """Tokens of an example that `resume` runs, where the memory is silent before them."""
@@ -97,7 +92,8 @@ class PrefixCache:
         if self.layer.pool.is_empty():
             return [True] * len(batch.examples)
         known = [example for example in batch.examples if example in self._reads]
-        before = [[tensor[: e.start] for tensor in self._reads[e]] for e in known]
+        device = batch.input_ids.device
+        before = [[tensor[: e.start].to(device) for tensor in self._reads[e]] for e in known]
         if not before:
             return [False] * len(batch.examples)
         slot_ids, weights = (torch.cat(tensors).flatten(1) for tensors in zip(*before, strict=True))
@@ -150,11 +146,10 @@ class PrefixCache:
 
     def _keep(self, kept: dict[Example, Reads], batch: Batch, *tensors: Tensor) -> None:
         for row, example in enumerate(batch.examples):
-            own = tuple(t[row, : len(example.input_ids)].detach().clone() for t in tensors)
-            size = sum(t.nbytes for t in own)
-            if example not in kept and self.num_bytes + size <= self.max_bytes:
+            if example not in kept and (
+                own := self.shelf.put([t[row, : len(example.input_ids)] for t in tensors])
+            ):
                 kept[example] = own
-                self._bytes_below += size
 
 
 def _padded(kept: dict[Example, Reads], batch: Batch) -> Reads | None:
@@ -162,7 +157,7 @@ def _padded(kept: dict[Example, Reads], batch: Batch) -> Reads | None:
     if not all(example in kept for example in batch.examples):
         return None
     by_example = (
-        [tensor[start:] for tensor in kept[example]]
+        [tensor[start:].to(batch.input_ids.device) for tensor in kept[example]]
         for example, start in zip(batch.examples, batch.starts, strict=True)
     )
     return tuple(nn.utils.rnn.pad_sequence(list(t), batch_first=True) for t in zip(*by_example, strict=True))
