@@ -93,6 +93,25 @@ def test_the_core_set_is_read_in_every_wording(parts):
     assert core["at_subject"]["max"] <= core["size"]["max"]
 
 
+def test_names_of_a_tagger_are_asked_for_like_subjects(parts):
+    model, tokenizer, usage = parts
+
+    def tagger(texts):
+        return [[(text.index("Zed"), text.index("Zed") + 7)] if "Zed" in text else [] for text in texts]
+
+    read = read_wordings(model, tokenizer, ZED, tagger)
+    assert all(torch.equal(wording.is_name, wording.is_subject) for wording in read)
+    assert not any(wording.is_name.any() for wording in read_wordings(model, tokenizer, RAX, tagger))
+    options = {"top_ts": (4, 64), "num_shifts": 19}
+    with_names = entity_study(model, tokenizer, usage, [ZED], tagger=tagger, **options)["selections"]
+    without = entity_study(model, tokenizer, usage, [ZED], **options)["selections"]
+    for name, by_top_t in with_names.items():
+        for top_t, found in by_top_t.items():
+            names = found.pop("names")
+            assert names == {key: found[key] for key in names}
+            assert found == without[name][top_t]
+
+
 @pytest.mark.parametrize(
     "fact",
     [

@@ -4,6 +4,7 @@ Shape letters: T tokens, R reads per token (all heads together).
 """
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,11 @@ from sparsemem.slots.usage import PoolUsage, Usage
 
 PLACES = ("subject, first token", "subject, inside", "subject, last token", "after subject", "answer", "else")
 """Where a token stands; the first of these that fits."""
+
+Spans = Sequence[tuple[int, int]]
+"""Start and end of names in a text, in characters."""
+Tagger = Callable[[Sequence[str]], Sequence[Spans]]
+"""Finds the names in texts."""
 
 RARE = 0.02
 """Share of the background's documents up to which the product trains a slot."""
@@ -58,11 +64,13 @@ class ReadWording:
         slot_ids: Shape (tokens, reads).
         weights: Same shape.
         places: Index into `PLACES` of each token, shape (tokens,).
+        is_name: The tokens of names, as a tagger finds them, shape (tokens,).
     """
 
     slot_ids: Tensor
     weights: Tensor
     places: Tensor
+    is_name: Tensor
 
     @property
     def is_subject(self) -> Tensor:
@@ -78,6 +86,7 @@ def entity_study(
     *,
     top_ts: Sequence[int] = (25, 100, 500),
     num_shifts: int = 999,
+    tagger: Tagger | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure where in their facts the slots stand that rankings choose, against chance.
@@ -89,12 +98,13 @@ def entity_study(
         facts: Facts whose subject is given; wordings that do not name it are left out.
         top_ts: Slots per fact.
         num_shifts: Of the permutation test.
+        tagger: Finds names, of which the same is asked as of the facts' own subjects.
         on_step: Called with (facts read, facts).
 
     Returns:
         As plain JSON values: `selections`, by name and number of slots, the share of their reads at the
-        subject with its interval over facts, the share of tokens there, and p; the reads by place;
-        `core`, the slots read in every wording.
+        subject with its interval over facts, the share of tokens there, and p; the reads by place; with a
+        tagger the same of its `names`; `core`, the slots read in every wording.
 
     Raises:
         DataError: A fact has no subject, or fewer than two wordings name it.
@@ -103,7 +113,7 @@ def entity_study(
     pool_usage = usage.pools[layer.pool_name]
     read = []
     for number, fact in enumerate(facts, 1):
-        read.append(read_wordings(model, tokenizer, fact))
+        read.append(read_wordings(model, tokenizer, fact, tagger))
         if on_step:
             on_step(number, len(facts))
     return {
@@ -114,22 +124,30 @@ def entity_study(
         "block": layer.block_index,
         "token_share": _by_place([[torch.ones_like(w.places) for w in of_fact] for of_fact in read], read),
         "selections": {
-            name: {str(top_t): _alignment(read, selection, pool_usage, top_t, num_shifts) for top_t in top_ts}
+            name: {
+                str(top_t): _alignment(read, selection, pool_usage, top_t, num_shifts, tagger is not None)
+                for top_t in top_ts
+            }
             for name, selection in SELECTIONS.items()
         },
         "core": _core(read, pool_usage),
     }
 
 
-def read_wordings(model: nn.Module, tokenizer: Any, fact: Fact) -> list[ReadWording]:
+def read_wordings(
+    model: nn.Module, tokenizer: Any, fact: Fact, tagger: Tagger | None = None
+) -> list[ReadWording]:
     """Read the statements and questions of a fact that name its subject.
+
+    Without a tagger no token is one of a name.
 
     Raises:
         DataError: There are fewer than two.
     """
-    texts = [text for text in (*fact.statements, *fact.questions) if occurrences(text, fact.subject or "")]
+    texts = wordings_with_subject(fact)
     if not fact.subject or len(texts) < 2:
         raise DataError(f"{fact.id}: fewer than two wordings name a subject; leave this fact out")
+    names = tagger(texts) if tagger else [()] * len(texts)
     encoded = tokenizer(texts, return_offsets_mapping=True)
     batch = pad(encoded["input_ids"])
     found: list[Reads] = []
@@ -144,9 +162,39 @@ def read_wordings(model: nn.Module, tokenizer: Any, fact: Fact) -> list[ReadWord
             slot_ids=found[0].slot_ids[row, : len(offsets)].flatten(1).cpu(),
             weights=found[0].weights[row, : len(offsets)].flatten(1).cpu(),
             places=_places(text, offsets, fact),
+            is_name=torch.tensor([bool(_spans_at(offset, of_text)) for offset in offsets]),
         )
-        for row, (text, offsets) in enumerate(zip(texts, encoded["offset_mapping"], strict=True))
+        for row, (text, offsets, of_text) in enumerate(
+            zip(texts, encoded["offset_mapping"], names, strict=True)
+        )
     ]
+
+
+def wordings_with_subject(fact: Fact) -> list[str]:
+    """List the statements and questions of a fact that name its subject."""
+    return [text for text in (*fact.statements, *fact.questions) if occurrences(text, fact.subject or "")]
+
+
+def trained_slots(read: Sequence[ReadWording], usage: PoolUsage, top_t: int) -> Tensor:
+    """Choose the slots that the product would train for a fact: rare ones that its subject's tail reads."""
+    at_subject = [
+        dataclasses.replace(wording, slot_ids=wording.slot_ids[tail], weights=wording.weights[tail])
+        for wording in read
+        for tail in [(wording.places == 1) | (wording.places == 2)]
+    ]
+    return _select(at_subject, SELECTIONS["tf_idf, weighted, rare only"], usage, top_t)
+
+
+def weights_on(wording: ReadWording, slots: Tensor) -> Tensor:
+    """Add up the weight with which each token reads each slot, shape (tokens, slots)."""
+    is_slot_TRC = wording.slot_ids.unsqueeze(2) == slots
+    return (is_slot_TRC * wording.weights.unsqueeze(2)).sum(dim=1)
+
+
+def _spans_at(offset: tuple[int, int], spans: Spans) -> list[tuple[int, int]]:
+    """List the spans that a token is in."""
+    left, right = offset
+    return [(start, stop) for start, stop in spans if left < stop and start < right and right > left]
 
 
 def _places(text: str, offsets: Sequence[tuple[int, int]], fact: Fact) -> Tensor:
@@ -155,8 +203,8 @@ def _places(text: str, offsets: Sequence[tuple[int, int]], fact: Fact) -> Tensor
 
     def tokens_of(part: str) -> list[list[int]]:
         return [
-            [i for i, (left, right) in enumerate(offsets) if left < stop and start < right and right > left]
-            for start, stop in occurrences(text, part)
+            [i for i, offset in enumerate(offsets) if _spans_at(offset, [span])]
+            for span in occurrences(text, part)
         ]
 
     for answer in fact.answers:
@@ -179,17 +227,28 @@ def _alignment(
     usage: PoolUsage,
     top_t: int,
     num_shifts: int,
+    has_names: bool,
 ) -> dict[str, Any]:
-    hits, shares, chances = [], [], []
+    hits = []
     for of_fact in read:
         chosen = _select(of_fact, selection, usage, top_t)
         hits.append([hits_per_token(wording.slot_ids, chosen) for wording in of_fact])
-        marks = [wording.is_subject for wording in of_fact]
-        shares.append(share_at(hits[-1], marks) or 0.0)
-        chances.append(float(torch.cat(marks).double().mean()))
-    flat = [wording_hits for of_fact in hits for wording_hits in of_fact]
+    at_names = [[wording.is_name for wording in of_fact] for of_fact in read]
+    return {
+        **_share_at(hits, [[wording.is_subject for wording in of_fact] for of_fact in read], num_shifts),
+        **({"names": _share_at(hits, at_names, num_shifts)} if has_names else {}),
+        "by_place": _by_place(hits, read),
+    }
+
+
+def _share_at(
+    hits: Sequence[Sequence[Tensor]], marks: Sequence[Sequence[Tensor]], num_shifts: int
+) -> dict[str, Any]:
+    """Say what share of the hits of each fact falls on the marked tokens of its wordings, against chance."""
+    shares = [share_at(*of_fact) or 0.0 for of_fact in zip(hits, marks, strict=True)]
+    chances = [float(torch.cat([*of_fact]).double().mean()) for of_fact in marks]
     chance, p = shift_test(
-        flat, [wording.is_subject for of_fact in read for wording in of_fact], num_shifts=num_shifts
+        *([*itertools.chain(*tensors)] for tensors in (hits, marks)), num_shifts=num_shifts
     )
     return {
         "share": _interval(shares, [0.0] * len(shares)),
@@ -197,7 +256,6 @@ def _alignment(
         "above_chance": _interval(shares, chances),
         "shifted_share": chance,
         "p": p,
-        "by_place": _by_place(hits, read),
     }
 
 

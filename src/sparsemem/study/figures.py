@@ -118,6 +118,33 @@ def recall_matrices(matrices: Mapping[str, Sequence[Sequence[float]]], path: Pat
     return _save(figure, path)
 
 
+def slot_heatmap(
+    texts: Sequence[Sequence[str]], weights: Sequence[Sequence[float]], path: Path
+) -> list[Path]:
+    """Draw which tokens of some texts read which slots.
+
+    Args:
+        texts: Tokens of each text.
+        weights: A row per token, all texts one after another, with the weight on each slot.
+        path: The picture, by its name without suffix.
+
+    Returns:
+        The files: a PNG and an SVG.
+    """
+    tokens = [token.replace("\n", "\\n").strip() or token for text in texts for token in text]
+    figure = _figure((7.2, 0.16 * len(tokens) + 1.0))
+    axes = figure.add_subplot()
+    image = axes.imshow(weights, aspect="auto", cmap="Greys", vmin=0, interpolation="nearest")
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=6, parse_math=False)
+    axes.set_xlabel("slots of the fact, those that most tokens read first")
+    end = 0
+    for text in texts[:-1]:
+        end += len(text)
+        axes.axhline(end - 0.5, color=COLORS[1], linewidth=0.8)
+    figure.colorbar(image, ax=axes, label="weight of the reads", shrink=0.8)
+    return _save(figure, path)
+
+
 def front(points: Sequence[Point]) -> list[Point]:
     """Keep the points that no other beats: each learns more than all that forget as little."""
     kept: list[Point] = []
