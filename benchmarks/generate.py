@@ -24,7 +24,7 @@ from sparsemem.memory.base_model import fingerprint
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 256, 24, 9
 NUM_FACTS, SLOTS_PER_FACT = 1000, 256
-MOST_DOCUMENTS = sparsemem.FinetuneConfig().max_document_frequency
+MOST_DOCUMENTS = 0.02
 
 
 @torch.no_grad()

@@ -95,6 +95,16 @@ def test_slots_that_too_many_documents_read_are_left_out():
     assert select([11, 19, 19], usage=usage, max_document_frequency=0.5, top_t=1) == [19]
 
 
+@pytest.mark.parametrize("scale", [1, 4])
+def test_by_default_common_is_what_is_read_by_much_more_than_the_mean_slot(scale):
+    frequency = [10 * scale] * SLOTS
+    frequency[2], frequency[3] = 15 * scale, 16 * scale
+    frequency[4] = 9 * scale  # the mean stays close to ten
+    usage = background(frequency, num_documents=400)
+    assert usage.mean_document_frequency == pytest.approx(sum(frequency) / SLOTS / 400)
+    assert select([1, 2, 3, 4], usage=usage, max_document_frequency=None) == [1, 2, 4]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     reads=st.lists(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 2)), min_size=1, max_size=40),

@@ -219,7 +219,8 @@ def test_facts_of_one_subject_share_its_slots_with_a_row_each(large, tiny_tokeni
 
 def test_no_other_fact_pulls_at_the_slots_of_a_fact(large, tiny_tokenizer, facts, config):
     model, usage = large
-    stream = dataclasses.replace(config, stream=True)
+    # Which of the texts is held is drawn, and drawn differently where there are more facts.
+    stream = dataclasses.replace(config, stream=True, held_per_step=0)
 
     def rows_after(some):
         delta = finetune(copy.deepcopy(model), tiny_tokenizer, some, usage, stream).delta
@@ -228,8 +229,7 @@ def test_no_other_fact_pulls_at_the_slots_of_a_fact(large, tiny_tokenizer, facts
 
     first, both = rows_after(facts[:2]), rows_after(facts)
     assert len(first) < len(both)
-    # A step is 0.05; what is left is the order of a sum.
-    assert all((row - both[slot_id]).abs().max() < 0.005 for slot_id, row in first.items())
+    assert all((row - both[slot_id]).abs().max() < 1e-6 for slot_id, row in first.items())
 
 
 def test_a_later_update_leaves_the_slots_of_earlier_ones_alone(large, tiny_tokenizer, facts, config):

@@ -6,6 +6,9 @@ from torch import Tensor
 from sparsemem.slots.ranking import Ranking
 from sparsemem.slots.usage import PoolUsage
 
+COMMON = 1.5
+"""A slot is common if this many times as many documents read it as the mean slot; nine in ten are not."""
+
 
 def select_slots(
     slot_ids: Tensor,
@@ -14,7 +17,7 @@ def select_slots(
     usage: PoolUsage,
     ranking: Ranking,
     top_t: int,
-    max_document_frequency: float = 1.0,
+    max_document_frequency: float | None = 1.0,
 ) -> dict[int, Tensor]:
     """Choose the best `top_t` slots of each group of reads (a group is one fact).
 
@@ -29,12 +32,15 @@ def select_slots(
         ranking: Score of a slot, one of `RANKINGS`.
         top_t: Slots per group; fewer where fewer are read or score above zero.
         max_document_frequency: Leave out slots that a larger share of the background's documents
-            reads, 0 to 1; a group that reads no others keeps them. The paper has no such limit: it
-            relies on the ranking alone.
+            reads, 0 to 1, or with None that are `COMMON`; a group that reads no others keeps them. The
+            paper has no such limit: it relies on the ranking alone.
 
     Returns:
         Slot ids by group, best first; groups may share some.
     """
+    if max_document_frequency is None:
+        # Relative: in a pool of a quarter of the slots, each is read by four times as many documents.
+        max_document_frequency = COMMON * usage.mean_document_frequency
     chosen = {}
     for group in groups.unique().tolist():
         in_group = groups == group

@@ -38,6 +38,7 @@ class PoolUsage:
         document_frequency: Documents that read the slot at least once, shape (slots,), int32.
         num_documents: Documents counted; a document is one background batch.
         total_reads: Reads of all slots of the pool.
+        mean_document_frequency: Share of the documents that read a slot, the mean over all slots of the pool.
         num_slots: Slots of the pool.
     """
 
@@ -45,6 +46,7 @@ class PoolUsage:
     document_frequency: Tensor
     num_documents: int
     total_reads: int
+    mean_document_frequency: float
     num_slots: int
 
     @classmethod
@@ -52,7 +54,8 @@ class PoolUsage:
         """Make the usage of a whole pool from its counts."""
         most = torch.iinfo(torch.int32).max
         small, frequency = (count.clamp(max=most).int() for count in (reads, document_frequency))
-        return cls(small, frequency, num_documents, int(reads.sum()), len(reads))
+        mean = float(document_frequency.double().mean()) / max(1, num_documents)
+        return cls(small, frequency, num_documents, int(reads.sum()), mean, len(reads))
 
     def take(self, slot_ids: Tensor) -> "PoolUsage":
         """Restrict the counts to some slots; the totals stay those of the pool."""
