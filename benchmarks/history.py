@@ -47,7 +47,7 @@ def main() -> None:
         times["commit"] = seconds(lambda: fresh.commit(SparseDelta({"p": change})))
         num_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     rows_bytes = 4 * WIDTH * ROWS * args.commits
-    slots_bytes = (8 + 8 + 8) * ROWS * args.commits
+    slots_bytes = (4 + 4 + 4) * ROWS * args.commits
     result = {
         "ratios": {
             "size_over_distinct_rows": num_bytes / rows_bytes,

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import hashlib
 import json
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from sparsemem.errors import CheckpointError
 from sparsemem.store.objects import FORMAT, StoredRows, parse_object, to_bytes
@@ -29,6 +30,14 @@ def test_what_was_written_is_read_and_the_same_content_gives_the_same_bytes():
     for name, expected in vars(make_object()["p"]).items():
         found = getattr(rows, name)
         assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
+
+
+def test_slots_take_32_bits_where_the_pool_allows_it():
+    large = {"p": dataclasses.replace(make_object()["p"], num_slots=2**31)}
+    large["p"].slot_ids[-1] = 2**31 - 1
+    assert torch.equal(parse(to_bytes(large))["p"].slot_ids, large["p"].slot_ids)
+    kinds = [load(to_bytes(rows))["slot_ids.p"].dtype for rows in (make_object(), large)]
+    assert kinds == [torch.int32, torch.int64]
 
 
 CONTENT = to_bytes(make_object())
@@ -84,7 +93,7 @@ HEADER = {"format": FORMAT, "format_version": "1", "num_slots.p": "16"}
         ({}, {"num_slots.p": "many"}),
         ({}, {"num_slots.p": "-4"}),
         ({}, {"format": "pt"}),
-        ({}, {"format_version": "2"}),
+        ({}, {"format_version": "3"}),
         ({}, {"format_version": "one"}),
     ],
     ids=str,

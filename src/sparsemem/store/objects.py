@@ -20,7 +20,8 @@ from sparsemem.errors import CheckpointError, OutputError
 from sparsemem.files import check_format, write_atomically
 
 FORMAT = "sparsemem-object"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""In the first, slot ids and indices were int64."""
 OBJECTS_FOLDER = "objects"
 INCOMING_FOLDER = "incoming"
 PARTS = ("slot_ids", "after", "after_index", "before", "before_index")
@@ -71,7 +72,7 @@ Stored = Mapping[str, StoredRows]
 def to_bytes(stored: Stored) -> bytes:
     """Write an object; the same content gives the same bytes."""
     tensors = {
-        f"{part}.{name}": getattr(rows, part).contiguous().clone()
+        f"{part}.{name}": _narrowed(getattr(rows, part), rows.num_slots)
         for name, rows in sorted(stored.items())
         for part in PARTS
     }
@@ -104,7 +105,7 @@ def parse_object(content: bytes, sha: str, where: Path | str) -> dict[str, Store
         names = sorted({key.partition(".")[2] for key in tensors})
         stored = {
             name: StoredRows(
-                **{part: tensors.pop(f"{part}.{name}") for part in PARTS},
+                **{part: _widened(tensors.pop(f"{part}.{name}")) for part in PARTS},
                 num_slots=int(header[f"num_slots.{name}"]),
             )
             for name in names
@@ -116,6 +117,16 @@ def parse_object(content: bytes, sha: str, where: Path | str) -> dict[str, Store
     if tensors or not all(rows.is_valid() for rows in stored.values()):
         raise CheckpointError(f"{where}: slot ids and rows do not fit together; restore it from a copy")
     return stored
+
+
+def _narrowed(tensor: Tensor, num_slots: int) -> Tensor:
+    """Copy a tensor for a file: beside short rows, 64 bits for each slot would be a good part of it."""
+    fits = tensor.dtype == torch.int64 and num_slots <= torch.iinfo(torch.int32).max
+    return tensor.int() if fits else tensor.contiguous().clone()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
 
 
 def _header(content: bytes) -> dict[str, str]:
@@ -191,14 +202,15 @@ class ObjectStore:
         return self._checked(sha)[0]
 
     def _checked(self, sha: str) -> tuple[bytes, dict[str, StoredRows]]:
-        path = self.path(sha)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{path} is missing; restore it from a copy, or import it from an export"
-            ) from error
-        return content, parse_object(content, sha, path)
+        settled = self._settled(sha)
+        # It may move between two looks, and only in one direction.
+        for path in (settled, self.incoming / settled.name, settled):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            return content, parse_object(content, sha, path)
+        raise CheckpointError(f"{settled} is missing; restore it from a copy, or import it from an export")
 
     def settled(self) -> Iterator[str]:
         """Yield the objects in `objects/`."""
