@@ -59,10 +59,17 @@ class StoredRows:
             and all(t.dtype == torch.float32 and t.dim() == 2 for t in tables)
             and self.after.shape[1] == self.before.shape[1]
             and bool((ids[1:] > ids[:-1]).all())
-            and (len(ids) == 0 or 0 <= int(ids[0]) <= int(ids[-1]) < self.num_slots)
-            and bool(((self.after_index >= 0) & (self.after_index < len(self.after))).all())
-            and bool(((self.before_index >= AS_BEFORE) & (self.before_index < len(self.before))).all())
+            and _is_within(ids, 0, self.num_slots)
+            and _is_within(self.after_index, 0, len(self.after))
+            and _is_within(self.before_index, AS_BEFORE, len(self.before))
         )
+
+
+def _is_within(numbers: Tensor, least: int, end: int) -> bool:
+    if not len(numbers):
+        return True
+    low, high = numbers.aminmax()
+    return least <= int(low) and int(high) < end
 
 
 Stored = Mapping[str, StoredRows]

@@ -97,17 +97,15 @@ def _gathered(tables: list[Tensor], indices: list[Tensor], chosen: Tensor) -> Ta
         indices: Which of them each of its slots has.
         chosen: Places of slots in all indices put together.
     """
-    starts = torch.tensor([0, *map(len, indices)]).cumsum(0)
-    by_commit, order = (torch.searchsorted(starts, chosen, right=True) - 1).sort(stable=True)
-    commits, sizes = by_commit.unique_consecutive(return_counts=True)
-    rows, index, num = [tables[0][:0]], torch.empty_like(chosen), 0
-    # Commit by commit: of a long history most rows were written over, and are not worth a copy.
-    for commit, places in zip(commits.tolist(), order.split(sizes.tolist()), strict=True):
-        used, which = indices[commit][chosen[places] - starts[commit]].unique(return_inverse=True)
-        rows.append(tables[commit][used])
-        index[places] = which + num
-        num += len(used)
-    return Table(torch.cat(rows), index)
+    starts = torch.tensor([0, *map(len, tables)]).cumsum(0)
+    table_of_slot = torch.arange(len(tables)).repeat_interleave(torch.tensor([*map(len, indices)]))[chosen]
+    wanted, index = (torch.cat(indices)[chosen] + starts[table_of_slot]).unique(return_inverse=True)
+    sizes = torch.searchsorted(wanted, starts).diff()
+    wanted -= starts[:-1].repeat_interleave(sizes)
+    # Table by table: of a long history most rows were written over, and are not worth a copy.
+    parts = zip(tables, wanted.split(sizes.tolist()), strict=True)
+    rows = [table[places] for table, places in parts if len(places)]
+    return Table(torch.cat(rows or [tables[0][:0]]), index)
 
 
 def stored(delta: SparseDelta, state: State) -> dict[str, StoredRows]:
