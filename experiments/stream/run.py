@@ -18,7 +18,7 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +100,7 @@ def run(args: argparse.Namespace, batches: list[Facts], work: Path) -> dict[str,
     learner = Memory(work, spec) if args.method == "memory" else Weights(work, spec, args.method)
     start = base_scores(learner.model, learner.tokenizer, [], [*probes, nq], spec, CACHE).probes
     model_sha = fingerprint(base_weights(learner.model))
-    done = (
-        read_json(work / PROGRESS)
-        if (work / PROGRESS).is_file()
-        else {
-            "then": [],
-            "matrix": [],
-            "seconds": [],
-            "commits": [],
-            "probes": [values(start, start, probes)],
-        }
-    )
+    done = read_json(work / PROGRESS) if (work / PROGRESS).is_file() else nothing_done(start, probes)
     learner.resume(len(done["then"]))
     for number, facts in enumerate(batches[len(done["then"]) :], len(done["then"]) + 1):
         began = time.perf_counter()
@@ -135,24 +125,35 @@ def run(args: argparse.Namespace, batches: list[Facts], work: Path) -> dict[str,
             "facts": args.facts,
             "asked_of_earlier_updates": args.asked,
         },
-        "metrics": {
-            "recall": done["matrix"],
-            "recall_when_learned": mean(done["then"]),
-            "recall_at_end": mean(at_end),
-            "recall_kept": mean(at_end) / mean(done["then"]),
-            "recall_by_update": {"when_learned": done["then"], "at_end": at_end},
-            "probes": done["probes"],
-            "nq": {
-                "before": start[nq.name].value,
-                "after": nq_at_end.value,
-                "retention": retention(start[nq.name], nq_at_end),
-            },
-            **learner.sizes(),
-        },
+        "metrics": {**summary(done, at_end, start[nq.name], nq_at_end), **learner.sizes()},
         "seconds": done["seconds"],
         "commits": list(dict.fromkeys(done["commits"])),
         "peak_bytes": peak_bytes(),
         "model_sha": model_sha,
+    }
+
+
+def nothing_done(start: dict[str, ProbeScore], probes: Sequence[Probe]) -> dict[str, Any]:
+    """Return the progress of a run before its first update."""
+    lists: dict[str, list[Any]] = {name: [] for name in ("then", "matrix", "seconds", "commits")}
+    return {**lists, "probes": [values(start, start, probes)]}
+
+
+def summary(
+    done: dict[str, Any], at_end: list[float], nq_before: ProbeScore, nq_after: ProbeScore
+) -> dict[str, Any]:
+    return {
+        "recall": done["matrix"],
+        "recall_when_learned": mean(done["then"]),
+        "recall_at_end": mean(at_end),
+        "recall_kept": mean(at_end) / mean(done["then"]),
+        "recall_by_update": {"when_learned": done["then"], "at_end": at_end},
+        "probes": done["probes"],
+        "nq": {
+            "before": nq_before.value,
+            "after": nq_after.value,
+            "retention": retention(nq_before, nq_after),
+        },
     }
 
 
@@ -238,7 +239,7 @@ class Weights(Learner):
 
 
 def values(
-    before: dict[str, ProbeScore], after: dict[str, ProbeScore], probes: Iterable[Probe]
+    before: dict[str, ProbeScore], after: dict[str, ProbeScore], probes: Sequence[Probe]
 ) -> dict[str, Any]:
     """Value and retention of each probe."""
     pairs = {probe.name: (before[probe.name], after[probe.name]) for probe in probes}
