@@ -4,7 +4,6 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -104,10 +103,8 @@ class DeltaStore:
             newer.append(commit)
         else:
             self._cached = None, {}
-        # Reading and hashing leave the interpreter to others.
-        with ThreadPoolExecutor() as threads:
-            read = threads.map(self.objects.read, [commit.object for commit in reversed(newer)])
-            parts = [as_stored(self._cached[1]), *read]
+        # Not in threads: they wait for one another more than for the disk.
+        parts = [as_stored(self._cached[1]), *(self.objects.read(commit.object) for commit in reversed(newer))]
         self._cached = commit_id, replay(parts)
         return self._cached[1]
 
