@@ -104,7 +104,8 @@ class DeltaStore:
         else:
             self._cached = None, {}
         # Not in threads: they wait for one another more than for the disk.
-        parts = [as_stored(self._cached[1]), *(self.objects.read(commit.object) for commit in reversed(newer))]
+        read = (self.objects.read(commit.object) for commit in reversed(newer))
+        parts = [as_stored(self._cached[1]), *read]
         self._cached = commit_id, replay(parts)
         return self._cached[1]
 
