@@ -53,7 +53,9 @@ def teach(model: Any, usage: sparsemem.Usage) -> None:
 def found(model: Any, ids: torch.Tensor) -> float:
     """Share of a text's reads that find a row."""
     shares = []
-    observe_reads(model, lambda layer, reads: shares.append(layer.pool.holds(reads.slot_ids)), input_ids=ids)
+    observe_reads(
+        model, lambda layer, reads: shares.append(layer.pool.is_written(reads.slot_ids)), input_ids=ids
+    )
     return torch.cat(shares).float().mean().item()
 
 
