@@ -123,8 +123,7 @@ def draw(model: Any, tokenizer: Any, usage: Usage, fact: sparsemem.Fact) -> None
     (pool_usage,) = usage.pools.values()
     read = read_wordings(model, tokenizer, fact)
     chosen = trained_slots(read, pool_usage, sparsemem.FinetuneConfig().top_t)
-    texts = wordings_with_subject(fact)
-    shown = [*zip(texts, read, strict=True)][-HEATMAP_WORDINGS:]
+    shown = [*zip(wordings_with_subject(fact), read, strict=True)][-HEATMAP_WORDINGS:]
     weights = torch.cat([weights_on(wording, chosen) for _, wording in shown])
     order = (weights > 0).sum(dim=0).argsort(descending=True, stable=True)
     tokens = [[tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]] for text, _ in shown]

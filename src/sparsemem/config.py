@@ -157,10 +157,10 @@ class FinetuneConfig:
             raise ConfigError(f"replay_fraction={self.replay_fraction} is not a share; use 0 to below 1")
         if self.max_document_frequency is not None:
             _check_positive(self, "max_document_frequency")
-        if (self.max_document_frequency or 0) > 1:
-            raise ConfigError(
-                f"max_document_frequency={self.max_document_frequency} is not a share; use 1 for no limit"
-            )
+            if self.max_document_frequency > 1:
+                raise ConfigError(
+                    f"max_document_frequency={self.max_document_frequency} is not a share; use 1 for no limit"
+                )
         if self.penalty == "ewc" and self.method != "full":
             raise ConfigError(
                 f"penalty='ewc' does not suit method={self.method!r}: what that trains starts as nothing, so "

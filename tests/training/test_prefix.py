@@ -121,29 +121,33 @@ def test_after_a_cached_pass_the_model_runs_every_block_again(model):
     assert not any("forward" in vars(block) for block in find_blocks(model))
 
 
-def test_what_is_beyond_the_budget_is_kept_on_disk(model):
-    examples = make_examples([5, 9, 3])
-    batch, of_first = collate(examples), 5 * WIDTH * 4
+def beyond_the_budget(model, num_passes):
+    """Run a batch of which memory has room for the first example alone.
+
+    Returns the cache, the bytes of that example, and a list of the runs of the first block.
+    """
+    batch, of_first = collate(make_examples([5, 9, 3])), 5 * WIDTH * 4
     cache = PrefixCache(model, max_bytes=of_first + 8)
     calls = count_calls(model, 0)
     expected = loss_and_gradient(model, batch)
-    for _ in range(3):
+    for _ in range(num_passes):
         torch.testing.assert_close(loss_and_gradient(model, batch, cache), expected)
+    return cache, of_first, calls
+
+
+def test_what_is_beyond_the_budget_is_kept_on_disk(model):
+    cache, of_first, calls = beyond_the_budget(model, num_passes=3)
     assert len(calls) == 2
     assert cache.shelf.num_bytes == of_first
     assert cache.shelf.num_bytes_on_disk > 0
 
 
 def test_what_neither_memory_nor_disk_has_room_for_is_computed_anew(model, full_disk):
-    examples = make_examples([5, 9, 3])
-    batch, of_first = collate(examples), 5 * WIDTH * 4
-    cache = PrefixCache(model, max_bytes=of_first + 8)
-    calls = count_calls(model, 0)
-    expected = loss_and_gradient(model, batch)
-    for _ in range(2):
-        torch.testing.assert_close(loss_and_gradient(model, batch, cache), expected)
+    cache, of_first, calls = beyond_the_budget(model, num_passes=2)
     assert len(calls) == 3
-    loss_and_gradient(model, collate(examples[:1]), cache)
+    assert cache.shelf.num_bytes == of_first
+    assert cache.shelf.num_bytes_on_disk == 0
+    loss_and_gradient(model, collate(make_examples([5, 9, 3])[:1]), cache)
     assert len(calls) == 3
 
 

@@ -22,6 +22,7 @@ from sparsemem.slots.alignment import core_set, hits_per_token, share_at, shift_
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import PoolUsage, Usage
+from sparsemem.training.methods import ANCHORS
 
 PLACES = ("subject, first token", "subject, inside", "subject, last token", "after subject", "answer", "else")
 """Where a token stands; the first of these that fits."""
@@ -32,7 +33,7 @@ Tagger = Callable[[Sequence[str]], Sequence[Spans]]
 """Finds the names in texts."""
 
 RARE = 0.02
-"""Share of the background's documents up to which the product trains a slot."""
+"""Share of the background's documents up to which a slot is rare; the product's limit with its own memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +178,10 @@ def wordings_with_subject(fact: Fact) -> list[str]:
 
 def trained_slots(read: Sequence[ReadWording], usage: PoolUsage, top_t: int) -> Tensor:
     """Choose the slots that the product would train for a fact: rare ones that its subject's tail reads."""
+    tails = [ANCHORS["subject_tail"](wording.is_subject.unsqueeze(0)).squeeze(0) for wording in read]
     at_subject = [
         dataclasses.replace(wording, slot_ids=wording.slot_ids[tail], weights=wording.weights[tail])
-        for wording in read
-        for tail in [(wording.places == 1) | (wording.places == 2)]
+        for wording, tail in zip(read, tails, strict=True)
     ]
     return _select(at_subject, SELECTIONS["tf_idf, weighted, rare only"], usage, top_t)
 

@@ -94,8 +94,8 @@ class SparseMemory:
         """Within this context the parts of one optimizer step run, all with the same selection.
 
         Slots are chosen for all wordings and other texts of the batch's facts. Where one part holds them
-        all that happens inside its forward pass. Where it does not, or a higher layer on the same pool
-        or another process reads too, the reads are collected before, in a pass that ends at the memory.
+        all, and several layers have a pool each, that happens inside its forward pass. Otherwise the reads
+        are collected before, in a pass that ends at the memory: with one layer once for each fact.
         """
         chosen: set[str] = set()
         anchored = _facts_with_subject(batch)

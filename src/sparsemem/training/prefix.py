@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sparsemem.memory.attach import find_blocks, memory_config, memory_layers
-from sparsemem.training.examples import Batch, Example
+from sparsemem.training.examples import Batch, Example, whole
 from sparsemem.training.past import PastCache
 from sparsemem.training.shelf import Shelf
 
@@ -49,20 +49,21 @@ class PrefixCache:
 
     def num_run(self, example: Example) -> int:
         """Tokens of an example that `resume` runs, where the memory is silent before them."""
-        return len(example.input_ids) - (example.start if self.past.is_possible else 0)
+        return whole(example) - (example.start if self.past.is_possible else 0)
 
     @contextlib.contextmanager
     def resume(self, batch: Batch) -> Iterator[Batch]:
         """Run what this yields in place of `batch`: its tokens that can change, behind those that cannot."""
-        starts = self._starts(batch)
-        run = self.past.behind(batch, starts) if any(starts) else batch
-        fills = run is batch and self.past.lacks_some(batch)
-        if fills:
-            run = dataclasses.replace(batch, past=DynamicCache())
+        starts, run, filled = self._starts(batch), batch, None
+        if any(starts):
+            run = self.past.behind(batch, starts)
+        elif self.past.lacks_some(batch):
+            filled = DynamicCache()
+            run = dataclasses.replace(batch, past=filled)
         with self.reuse(run):
             yield run
-        if fills and run.past is not None:
-            self.past.keep(batch, run.past, self._silent(batch))
+        if filled is not None:
+            self.past.keep(batch, filled, self._silent(batch))
 
     @contextlib.contextmanager
     def reuse(self, batch: Batch) -> Iterator[None]:
