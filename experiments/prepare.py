@@ -72,7 +72,7 @@ def sample(rows: Rows, num: int, *, skip: int = 0) -> Rows:
 
 
 def trivia_candidates(facts: Rows, questions: Rows) -> Rows:
-    """Draw 1,600 questions that are none of the facts; an id tells the row, as it does of a fact."""
+    """Draw 2,800 questions that are none of the facts; an id tells the row, as it does of a fact."""
     taken = {fact["id"] for fact in facts}
     candidates = (
         {
@@ -85,7 +85,7 @@ def trivia_candidates(facts: Rows, questions: Rows) -> Rows:
         # Longer lists hold more than names of the answer: of a novel, its characters.
         if len(row["answers"]) <= 6 and f"trivia-{number}" not in taken
     )
-    return sample([row for row in candidates if _is_clean(row["question"], row["answer"])], 1600)
+    return sample([row for row in candidates if _is_clean(row["question"], row["answer"])], 2800)
 
 
 def _is_clean(question: str, answer: str) -> bool:

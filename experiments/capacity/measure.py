@@ -39,10 +39,10 @@ from sparsemem.training.finetune import build_examples  # noqa: E402
 from sparsemem.training.methods import SparseMemory  # noqa: E402
 
 README = HERE / "README.md"
-RUNS = [(256, 64), (256, 256), (512, 256), (1024, 64), (1024, 256)]
+RUNS = [(256, 64), (256, 256), (512, 256), (1024, 64), (1024, 128), (1024, 256), (1024, 512)]
 """Sub-keys per half, and slots per fact."""
 HELD_BACK = (512, 256)
-NUM_FACTS = (10, 30, 100, 300, 1000)
+NUM_FACTS = (10, 30, 100, 300, 1000, 3000)
 FITTED_UP_TO = 300
 """More facts than this, and the pool that is held back, are predicted and not fitted."""
 NUM_ASKED = 100
