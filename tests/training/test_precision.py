@@ -65,3 +65,12 @@ def test_a_pass_computes_what_autocast_alone_computes(attached):
         with precision.step(), precision.forward(9):
             kept = attached(input_ids).logits
     assert torch.equal(plain, kept)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_quick", "is_said"), [("bf16", False, 1), ("bf16", True, 0), ("no", False, 0)]
+)
+def test_a_cpu_that_imitates_bfloat16_is_said_to(tiny_model, monkeypatch, recwarn, mode, is_quick, is_said):
+    monkeypatch.setattr("sparsemem.training.precision.computes_in_bf16", lambda: is_quick)
+    MixedPrecision(tiny_model, mode)
+    assert ["mixed_precision='no'" in str(warning.message) for warning in recwarn] == [True] * is_said

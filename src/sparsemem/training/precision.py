@@ -1,6 +1,7 @@
 """Mixed precision: autocast, without casting frozen weights anew in every pass."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,11 +24,17 @@ class MixedPrecision:
 
     Args:
         model: The model, with `requires_grad` as it will be trained.
-        mode: "no" or "bf16".
+        mode: "no" or "bf16"; warns where the processor can only imitate the latter.
     """
 
     def __init__(self, model: nn.Module, mode: str) -> None:
         self.mode, self.device = mode, next(model.parameters()).device
+        if mode == "bf16" and self.device.type == "cpu" and not computes_in_bf16():
+            warnings.warn(
+                "mixed_precision='bf16': this CPU has no instructions for bfloat16 and takes several times "
+                "as long; use mixed_precision='no'",
+                stacklevel=2,
+            )
         self.frozen = _frozen_matrices(model) if mode == "bf16" else []
         self.copies = [weight.to(torch.bfloat16) for weight in self.frozen]
         self.head = _frozen_tied_head(model) if mode == "bf16" else None
@@ -59,6 +66,11 @@ class MixedPrecision:
                 # There the fused attention takes longer going back than the matrix products of its block.
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
+
+
+def computes_in_bf16() -> bool:
+    """Whether the CPU multiplies matrices in bfloat16 as quickly as in float32, or more so."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def bf16_autocast(device: torch.device, mode: str) -> torch.autocast:
