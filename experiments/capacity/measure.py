@@ -39,10 +39,19 @@ from sparsemem.training.finetune import build_examples  # noqa: E402
 from sparsemem.training.methods import SparseMemory  # noqa: E402
 
 README = HERE / "README.md"
-RUNS = [(256, 64), (256, 256), (512, 256), (1024, 64), (1024, 128), (1024, 256), (1024, 512)]
-"""Sub-keys per half, and slots per fact."""
+RUNS = {
+    (1024, 256): 3000,
+    (1024, 128): 3000,
+    (1024, 512): 1000,
+    (1024, 64): 1000,
+    (512, 256): 1000,
+    (256, 256): 1000,
+    (256, 64): 3000,
+}
+"""Facts to learn, by sub-keys per half and slots per fact."""
 HELD_BACK = (512, 256)
 NUM_FACTS = (10, 30, 100, 300, 1000, 3000)
+"""When to look."""
 FITTED_UP_TO = 300
 """More facts than this, and the pool that is held back, are predicted and not fitted."""
 NUM_ASKED = 100
@@ -56,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    for num_keys, top_t in () if args.readme else RUNS:
+    for (num_keys, top_t), num_facts in ({} if args.readme else RUNS).items():
         path = result_path(num_keys, top_t)
         if not path.exists():
-            write_json(path, measure(num_keys, top_t))
+            write_json(path, measure(num_keys, top_t, num_facts))
     results = [read_json(path) for path in sorted((HERE / "results").glob("*.json"))]
     README.write_text(with_answer(README.read_text(encoding="utf-8"), results), encoding="utf-8")
     plot(results)
@@ -69,7 +78,7 @@ def result_path(num_keys: int, top_t: int) -> Path:
     return HERE / "results" / f"keys-{num_keys}.top_t-{top_t}.json"
 
 
-def measure(num_keys: int, top_t: int) -> dict[str, Any]:
+def measure(num_keys: int, top_t: int, num_facts: int) -> dict[str, Any]:
     """Let facts choose their slots one after another, and look from time to time."""
     started = time.perf_counter()
     spec = load_specs(HERE.parent / "facts_stream", CACHE / "data")["memory.seed-0"]
@@ -78,7 +87,7 @@ def measure(num_keys: int, top_t: int) -> dict[str, Any]:
     folder = attached_folder(spec, spec.load_background(), CACHE)
     with console.progress(f"load {folder}"):
         model, tokenizer = load(folder)
-    facts = load_facts(spec.facts)[: max(NUM_FACTS)]
+    facts = load_facts(spec.facts)[:num_facts]
     texts = load_texts(str(CACHE / "data" / "heldout_wiki.jsonl"))
     usage, config = load_usage(folder / USAGE_FILE), FinetuneConfig(top_t=top_t)
     by_fact = build_examples(facts, tokenizer, usage, config, random.Random(0))
