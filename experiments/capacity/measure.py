@@ -22,13 +22,14 @@ sys.path.insert(0, str(HERE.parent))
 from run import CACHE, load_specs  # noqa: E402 - experiments/run.py, which is a script too
 
 from sparsemem import console  # noqa: E402
-from sparsemem.config import FinetuneConfig  # noqa: E402
+from sparsemem.config import FinetuneConfig, MemoryConfig  # noqa: E402
 from sparsemem.data import Fact, load_facts, load_texts  # noqa: E402
 from sparsemem.files import read_json, write_json  # noqa: E402
 from sparsemem.memory.attach import memory_layers, observe_reads  # noqa: E402
 from sparsemem.memory.checkpoint import load, read_header  # noqa: E402
 from sparsemem.memory.layer import MemoryLayer, Reads  # noqa: E402
 from sparsemem.prompts import qa_prompt  # noqa: E402
+from sparsemem.slots.capacity import CapacityLaw  # noqa: E402
 from sparsemem.slots.usage import USAGE_FILE, load_usage  # noqa: E402
 from sparsemem.study.plan import firing_by_pool  # noqa: E402
 from sparsemem.study.provenance import peak_bytes, provenance  # noqa: E402
@@ -159,31 +160,22 @@ def own_agreement(model: Any, tokenizer: Any, fact: Fact, slots: torch.Tensor) -
     return found[0]
 
 
-Law = tuple[float, float, float]
-
-
-def fit(results: Sequence[dict[str, Any]]) -> Law:
-    """Fit log(facts to be full) = a + b log(slots) + c log(slots per fact), by least squares.
-
-    A share of 1 - exp(-num_facts / full) of the slots that a new fact would choose is taken.
-    """
+def fit(results: Sequence[dict[str, Any]]) -> CapacityLaw:
+    """Fit log F of the law by least squares, with F as each measurement gives it by itself."""
     rows, targets = [], []
     for result in results:
         config = result["config"]
         for at in result["points"]:
             if not is_held_back(config, at["num_facts"]) and 0 < at["taken"] < 1:
-                full = at["num_facts"] / -math.log(1 - at["taken"])
+                scale = at["num_facts"] / -math.log(1 - at["taken"])
                 rows.append([1.0, math.log(config["num_slots"]), math.log(config["top_t"])])
-                targets.append([math.log(full)])
+                targets.append([math.log(scale)])
     solution = torch.linalg.lstsq(torch.tensor(rows).double(), torch.tensor(targets).double()).solution
-    a, b, c = solution.flatten().tolist()
-    return a, b, c
+    return CapacityLaw(*solution.flatten().tolist())
 
 
-def predicted(law: Law, config: dict[str, Any], num_facts: int) -> float:
-    a, b, c = law
-    full = math.exp(a + b * math.log(config["num_slots"]) + c * math.log(config["top_t"]))
-    return 1 - math.exp(-num_facts / full)
+def predicted(law: CapacityLaw, config: dict[str, Any], num_facts: float) -> float:
+    return law.taken(num_facts, config["num_slots"], config["top_t"])
 
 
 def is_held_back(config: dict[str, Any], num_facts: int) -> bool:
@@ -231,17 +223,14 @@ def with_answer(readme: str, results: Sequence[dict[str, Any]]) -> str:
                     f"{at['answered']:.0%}", f"{at['fires']:.2%}",
                 )
             )  # fmt: skip
-    a, b, c = law
-    default = next(
-        r["config"] for r in results if (r["config"]["num_keys"], r["config"]["top_t"]) == (1024, 256)
-    )
-    full = math.exp(a + b * math.log(default["num_slots"]) + c * math.log(default["top_t"]))
+    of_default = MemoryConfig().num_slots, FinetuneConfig().top_t
     sentence = (
         f"**Of the slots that a new fact would choose, N facts have taken 1 - exp(-N / F), with F = "
-        f"{math.exp(a):.3g} slots^{b:.2f} / (slots per fact)^{-c:.2f}. Held-back measurements are off by "
-        f"{sum(errors) / len(errors):.1%} in the mean and {max(errors):.1%} at most. With the defaults F is "
-        f"{full:,.0f}: a tenth of a new fact's slots is taken after {-full * math.log(0.9):,.0f} facts, "
-        f"half of them after {full * math.log(2):,.0f}.**"
+        f"{math.exp(law.a):.3g} slots^{law.b:.2f} / (slots per fact)^{-law.c:.2f}. Held-back "
+        f"measurements are off by {sum(errors) / len(errors):.1%} in the mean and {max(errors):.1%} at most. "
+        f"With the defaults F is {law.scale(*of_default):,.0f}: a tenth of a new fact's slots is taken after "
+        f"{law.num_facts(0.1, *of_default):,.0f} facts, half of them after "
+        f"{law.num_facts(0.5, *of_default):,.0f}.**"
     )
     columns = (
         "slots", "per fact", "facts", "written", "taken", "law", "questions that get their answer",

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from sparsemem.errors import MissingFileError
+from sparsemem.errors import ConfigError, MissingFileError
 from sparsemem.memory.attach import pools
 from sparsemem.slots.capacity import Capacity
 from sparsemem.slots.usage import USAGE_FILE, load_usage
@@ -11,7 +11,7 @@ from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.study.explain import explain, taught_updates
 from sparsemem.study.learn import learn
-from sparsemem.study.plan import most_pressing, plan_folder
+from sparsemem.study.plan import ACTIONS, most_pressing, plan_folder
 
 
 def test_a_new_folder_is_empty(folder):
@@ -47,16 +47,28 @@ def test_figures_are_those_of_the_folder(folder, facts, config):
     assert sum(result["disk_bytes"].values()) == on_disk
     assert result["disk_bytes"]["history"] > 0
     assert result["disk_bytes"]["usage"] == (folder / USAGE_FILE).stat().st_size
-    assert result["recommendation"] in ("nothing", "more slots", "other keys")
+    assert (pool["num_facts"], pool["has_fitted_keys"]) == (2, True)
+    assert pool["slots_per_fact"] == max(len(first), len(second))
+    assert pool["room"] == 0 or pool["taken"] < 0.5
+    assert result["recommendation"] in ACTIONS
     assert torch.equal(written, pools(load(folder)[0])["layer_1"].written_ids)
 
 
-def capacity(hub_share=0.1, num_written=10):
-    return Capacity(num_slots=100, num_written=num_written, num_shared=0, hub_share=hub_share, hit_share=0.01)
+def capacity(hub_share=0.1, num_written=10, num_facts=2):
+    return Capacity(
+        num_slots=100,
+        num_written=num_written,
+        num_shared=0,
+        num_facts=num_facts,
+        slots_per_fact=5,
+        has_fitted_keys=False,
+        hub_share=hub_share,
+        hit_share=0.01,
+    )
 
 
 def test_the_pool_that_needs_most_is_named():
-    pools = {"layer_1": capacity(num_written=80), "layer_2": capacity(hub_share=0.9), "layer_3": capacity()}
+    pools = {"layer_1": capacity(num_facts=80), "layer_2": capacity(hub_share=0.9), "layer_3": capacity()}
     action, reason = most_pressing(pools)
     assert action == "other keys"
     assert reason.startswith("layer_2: ")
@@ -74,6 +86,16 @@ def test_how_much_fires_is_counted_as_explain_does(folder, facts, config, backgr
     assert fires > 0
     assert result["pools"]["layer_1"]["fires"] == pytest.approx(fires / len(tokens))
     assert plan_folder(folder)["pools"]["layer_1"]["fires"] is None
+
+
+def test_a_budget_decides_how_many_more_facts_fit(folder, facts, config, background):
+    learn(folder, facts, probes=[], config=config)
+    fires = plan_folder(folder, [str(background)])["pools"]["layer_1"]["fires"]
+    strict = plan_folder(folder, [str(background)], budget=fires / 2)
+    assert (strict["recommendation"], strict["pools"]["layer_1"]["room"]) == ("more slots", 0)
+    assert "of the tokens of ordinary text (budget" in strict["reason"]
+    with pytest.raises(ConfigError, match="budget=0 is no share"):
+        plan_folder(folder, budget=0)
 
 
 def test_a_background_that_is_not_there_is_named_before_the_model_is_loaded(folder, monkeypatch):

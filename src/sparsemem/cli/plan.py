@@ -22,13 +22,18 @@ def add_plan(commands: Any) -> None:
         "--background", nargs="+", default=[], metavar="TEXT",
         help="ordinary text, to measure how much of it something learned answers to",
     )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, metavar="SHARE",
+        help="of its tokens, as many may change: how many more facts fit (default: 0.01)",
+    )  # fmt: skip
 
 
 def plan(args: argparse.Namespace) -> None:
     """Run `plan`."""
     from sparsemem.study.plan import plan_folder
 
-    result = plan_folder(args.folder, args.background)
+    budget = {} if args.budget is None else {"budget": args.budget}
+    result = plan_folder(args.folder, args.background, **budget)
     if args.json:
         console.emit_json(result)
     else:
@@ -42,6 +47,8 @@ def _show(result: Mapping[str, Any]) -> None:
             ("slots", f"{pool['num_slots']:,}"),
             ("written", f"{pool['num_written']:,} ({pool['fill']:.2%})"),
             ("wanted by more than one update", f"{pool['num_shared']:,}"),
+            ("of a new fact's slots, taken (law)", f"{pool['taken']:.1%}"),
+            ("room for more facts", f"{pool['room']:,}"),
             ("reads of ordinary text in the top 1 % of slots", f"{pool['hub_share']:.1%}"),
             ("reads of ordinary text that find a written slot", f"{pool['hit_share']:.2%}"),
             ("tokens of ordinary text that fire", fires),

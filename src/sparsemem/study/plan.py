@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsemem import console
 from sparsemem.data import load_texts
 from sparsemem.encode import token_batches
-from sparsemem.errors import DataError
+from sparsemem.errors import ConfigError, DataError
 from sparsemem.files import read_tensors
 from sparsemem.memory.attach import memory_layers, observe_reads, pools
 from sparsemem.memory.checkpoint import (
@@ -23,36 +23,42 @@ from sparsemem.memory.checkpoint import (
     read_header,
 )
 from sparsemem.memory.layer import MemoryLayer, Reads
-from sparsemem.slots.capacity import Capacity, measure_capacity, recommend
-from sparsemem.slots.usage import USAGE_FILE, load_usage
+from sparsemem.slots.capacity import MAX_FIRES, Capacity, measure_capacity, recommend
+from sparsemem.slots.usage import USAGE_FILE, PoolUsage, load_usage
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.store.state import difference
 from sparsemem.study.explain import taught_updates
 from sparsemem.study.reads import Taught, firing_tokens, written_slots
 
-ACTIONS = ("other keys", "more slots", "nothing")
+ACTIONS = ("other keys", "another layer", "more slots", "nothing")
 """What is recommended, the most pressing first."""
 
 NUM_TEXTS = 200
 """Texts that are read to measure how much fires."""
 
 
-def plan_folder(folder: str | Path, background: Sequence[str] = ()) -> dict[str, Any]:
+def plan_folder(
+    folder: str | Path, background: Sequence[str] = (), *, budget: float = MAX_FIRES
+) -> dict[str, Any]:
     """Measure how full the memory of a folder is, and recommend one thing.
 
     Args:
         folder: A memory folder.
         background: Sources of ordinary text, to measure how much of it something learned answers to.
+        budget: Share of its tokens whose predictions may change at all.
 
     Returns:
         As plain JSON values: `num_updates`; `num_facts`, as far as updates say what they taught; `pools`,
-        the capacity of each; `disk_bytes` and `memory_bytes`, by what takes them; `recommendation` and its
-        `reason`.
+        the capacity of each, with the `room` for more facts; `disk_bytes` and `memory_bytes`, by what takes
+        them; `recommendation` and its `reason`.
 
     Raises:
+        ConfigError: The budget is no share.
         SparsememError: The folder or the background cannot be read.
     """
+    if not 0 < budget <= 1:
+        raise ConfigError(f"budget={budget} is no share of the tokens; use more than 0 and at most 1")
     folder = local_folder(folder)
     header = read_header(folder)
     usage = load_usage(folder / USAGE_FILE)
@@ -62,17 +68,13 @@ def plan_folder(folder: str | Path, background: Sequence[str] = ()) -> dict[str,
         model, tokenizer = load(folder)
     usage.check(model)
     fires = firing_by_pool(model, tokenizer, texts) if texts else {}
+    biases = [layer.key_bias for layer in memory_layers(model)]
     capacities = {
-        name: measure_capacity(
-            usage.pools[name],
-            pool.written_ids.cpu(),
-            written_slots(updates, name),
-            fires.get(name),
-        )
+        name: _capacity(usage.pools[name], pool.written_ids.cpu(), updates, name, biases, fires.get(name))
         for name, pool in pools(model).items()
     }
     return {
-        **_planned(folder, header, updates, capacities),
+        **_planned(folder, header, updates, capacities, budget),
         "memory_bytes": memory_bytes(model),
     }
 
@@ -87,24 +89,52 @@ def plan_stored(folder: str | Path) -> dict[str, Any]:
     store = DeltaStore(folder)
     # Not all that were ever written: what a revert took back holds nothing again.
     changed = difference(store.state(None), store.state(store.head())).changes
+    biases = [tensor for name, tensor in attached.items() if name.endswith(".key_bias")]
     capacities = {}
     for name, of_pool in usage.pools.items():
         written = attached[f"pools.{name}.slot_ids"]
         if name in changed:
             written = torch.cat([written, changed[name].slot_ids]).unique()
-        capacities[name] = measure_capacity(of_pool, written, written_slots(updates, name))
+        capacities[name] = _capacity(of_pool, written, updates, name, biases)
     return _planned(folder, header, updates, capacities)
 
 
+def _capacity(
+    usage: PoolUsage,
+    written: Tensor,
+    updates: Sequence[Taught],
+    name: str,
+    key_biases: Sequence[Tensor],
+    fires: float | None = None,
+) -> Capacity:
+    num_facts = [len(update.facts) for update in updates]
+    return measure_capacity(
+        usage,
+        written,
+        [*zip(written_slots(updates, name), num_facts, strict=True)],
+        has_fitted_keys=any(bool(bias.any()) for bias in key_biases),  # random ones have none
+        fires=fires,
+    )
+
+
 def _planned(
-    folder: Path, header: Mapping[str, Any], updates: Sequence[Taught], capacities: dict[str, Capacity]
+    folder: Path,
+    header: Mapping[str, Any],
+    updates: Sequence[Taught],
+    capacities: dict[str, Capacity],
+    budget: float = MAX_FIRES,
 ) -> dict[str, Any]:
-    action, reason = most_pressing(capacities)
+    action, reason = most_pressing(capacities, budget)
     return {
         "num_updates": len(updates),
         "num_facts": sum(len(update.facts) for update in updates),
         "pools": {
-            name: {**dataclasses.asdict(capacity), "fill": capacity.fill}
+            name: {
+                **dataclasses.asdict(capacity),
+                "fill": capacity.fill,
+                "taken": capacity.taken,
+                "room": capacity.room(budget),
+            }
             for name, capacity in capacities.items()
         },
         "disk_bytes": disk_bytes(folder, list(header.get("bases", {}).values())),
@@ -113,9 +143,9 @@ def _planned(
     }
 
 
-def most_pressing(capacities: dict[str, Capacity]) -> tuple[str, str]:
+def most_pressing(capacities: dict[str, Capacity], budget: float = MAX_FIRES) -> tuple[str, str]:
     """Recommend what the pool that needs it most needs."""
-    advice = {name: recommend(capacity) for name, capacity in capacities.items()}
+    advice = {name: recommend(capacity, budget) for name, capacity in capacities.items()}
     name = min(advice, key=lambda name: ACTIONS.index(advice[name][0]))
     action, reason = advice[name]
     return action, f"{name}: {reason}" if len(advice) > 1 else reason

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from sparsemem.slots.capacity import MAX_HUB_SHARE, MAX_SHARED_FRACTION
+from sparsemem.slots.capacity import MAX_HUB_SHARE, MAX_SHARED_FRACTION, MAX_TAKEN
 from sparsemem.study import charts
 from sparsemem.study.charts import Axis, Series, chart
 from sparsemem.study.document import document, escaped, scrolling, table
@@ -176,6 +176,7 @@ def _capacity(result: Mapping[str, Any]) -> str:
         shared = pool["num_shared"] / max(1, pool["num_written"])
         rows = [
             _gauge(f"slots written: {pool['num_written']:,} of {pool['num_slots']:,}", pool["fill"], 1),
+            _gauge("a new fact's slots that are taken, by the capacity law", pool["taken"], MAX_TAKEN),
             _gauge("written slots wanted by more than one update", shared, MAX_SHARED_FRACTION),
             _gauge("reads of ordinary text in the top 1 % of slots", pool["hub_share"], MAX_HUB_SHARE),
             _gauge("reads of ordinary text that find a written slot", pool["hit_share"], 1),
