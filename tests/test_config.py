@@ -7,6 +7,7 @@ from sparsemem.config import (
     DEFAULT_LEARNING_RATES,
     PEFT_LEARNING_RATE,
     FinetuneConfig,
+    LoadConfig,
     MemoryConfig,
     applicable,
     field_docs,
@@ -15,7 +16,7 @@ from sparsemem.config import (
 )
 from sparsemem.errors import ConfigError
 
-CONFIGS = (MemoryConfig, FinetuneConfig)
+CONFIGS = (MemoryConfig, FinetuneConfig, LoadConfig)
 
 
 @pytest.mark.parametrize(

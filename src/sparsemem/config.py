@@ -63,6 +63,24 @@ class MemoryConfig:
         return self.num_keys**2
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoadConfig:
+    """Where a model is put, and how exact its weights are. A memory in it is float32 all the same."""
+
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", ... as in torch; "auto" is a GPU of CUDA where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's weights. In bfloat16 a model takes half the room, and a name may read a few other slots
+    than in float32: learn and ask in the same."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+
+    def options(self) -> dict[str, str]:
+        """Return it as keyword arguments of `sparsemem.load` and `load_base_model`."""
+        return dataclasses.asdict(self)
+
+
 DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {

@@ -56,7 +56,13 @@ def processes() -> Iterator[None]:
     """
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        number_here, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number_here >= num_gpus:
+            raise ProcessError(
+                f"process {number_here} has no GPU of its own: there are {num_gpus}; start one process for "
+                "each, or hide them with CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        torch.cuda.set_device(number_here)
         backend = "cpu:gloo,cuda:nccl"
     store, number, size = next(rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)

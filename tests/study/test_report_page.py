@@ -35,6 +35,7 @@ def made_up(text="Zed"):
         "hub_share": 0.0625,
         "hit_share": 0.03,
         "fill": 0.25,
+        "taken": 0.375,
     }
     return {
         "folder": text,

@@ -102,7 +102,7 @@ def _answers(folder: Path, questions: list[str]) -> list[str]:
     from sparsemem.store.load import load
 
     with console.progress("ask"):
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, device="auto")
         return answer_questions(model, tokenizer, questions)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.options import add_folder_command
+from sparsemem.cli.options import add_folder_command, add_loading, config_from
+from sparsemem.config import LoadConfig
 
 STYLES = ("bold green", "bold cyan", "bold magenta", "bold yellow", "bold blue", "bold red")
 """One per update, over and over; its number stands beside the token too."""
@@ -31,13 +32,21 @@ def add_explain(commands: Any) -> None:
         "--facts", metavar="FACTS", help="what was taught, for updates that do not keep it themselves"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
+    add_loading(parser)
 
 
 def explain(args: argparse.Namespace) -> None:
     """Run `explain`."""
     from sparsemem.study.explain import explain_folder
 
-    result = explain_folder(args.folder, args.text, question=args.question, facts=args.facts, top=args.top)
+    result = explain_folder(
+        args.folder,
+        args.text,
+        question=args.question,
+        facts=args.facts,
+        top=args.top,
+        loading=config_from(args, LoadConfig),
+    )
     if args.html:
         _write_page(args.html, result)
     if args.json:

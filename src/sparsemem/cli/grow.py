@@ -5,7 +5,8 @@ from typing import Any
 
 from sparsemem import console
 from sparsemem.cli.model import add_making
-from sparsemem.cli.options import add_folder_command
+from sparsemem.cli.options import add_folder_command, config_from
+from sparsemem.config import LoadConfig
 
 
 def add_grow(commands: Any) -> None:
@@ -35,6 +36,7 @@ def grow(args: argparse.Namespace) -> None:
         args.num_keys,
         num_tokens=args.num_tokens,
         num_documents=args.num_documents,
+        loading=config_from(args, LoadConfig),
     )
     if args.json:
         console.emit_json(result)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparsemem import console
 from sparsemem.cli.model import add_prompt
-from sparsemem.cli.options import add_folder_command
+from sparsemem.cli.options import add_folder_command, add_loading, config_from
 from sparsemem.cli.tables import number, size
+from sparsemem.config import LoadConfig
 
 if TYPE_CHECKING:
     from sparsemem.store.merge import Side
@@ -47,6 +48,7 @@ def _add_views(commands: Any) -> None:
     two.add_argument("new", metavar="B", help="another")
     two.add_argument("--questions", metavar="PATH", help="questions to ask both versions")
     add_prompt(two)
+    add_loading(two)
 
 
 def _add_changes(commands: Any) -> None:
@@ -67,6 +69,7 @@ def _add_changes(commands: Any) -> None:
         how.add_argument("--ours", action="store_true", help="leave slots in conflict as they are")
         how.add_argument("--theirs", action="store_true", help="change them, and damage the facts at stake")
         how.add_argument("--relearn", action="store_true", help="change them, and teach these facts again")
+        add_loading(joins)
 
 
 def _add_names(commands: Any) -> None:
@@ -174,7 +177,14 @@ def show_diff(args: argparse.Namespace) -> None:
     from sparsemem.study import history
 
     store = history.open_history(args.folder)
-    found = history.diff(store, args.old, args.new, questions=args.questions, prompt=args.prompt)
+    found = history.diff(
+        store,
+        args.old,
+        args.new,
+        questions=args.questions,
+        prompt=args.prompt,
+        loading=config_from(args, LoadConfig),
+    )
     if args.json:
         return console.emit_json(found)
     console.say(f"{found['num_slots']:,} slots differ")
@@ -227,7 +237,15 @@ def _settle(args: argparse.Namespace, find: Any, action: str) -> None:
         return _done(args, {"commit": None}, f"all of {args.revision} is here already; nothing to do")
     side: Side | None = "ours" if args.ours else "theirs" if args.theirs else None
     message = args.message or f"{action} {args.revision}"
-    done = history.settle(store, change, message=message, action=action, side=side, relearn=args.relearn)
+    done = history.settle(
+        store,
+        change,
+        message=message,
+        action=action,
+        side=side,
+        relearn=args.relearn,
+        loading=config_from(args, LoadConfig),
+    )
     commit = done["commit"]
     again = f"; {len(done['relearned'])} facts taught again" if done["relearned"] else ""
     _done(args, done, f"{action}: commit {commit['id'][:10]} changes {commit['num_slots']} slots{again}")

@@ -5,9 +5,9 @@ from typing import Any
 
 from sparsemem import console
 from sparsemem.cli.model import add_probes, add_prompt
-from sparsemem.cli.options import add_config_options, add_folder_command, config_from
+from sparsemem.cli.options import add_config_options, add_folder_command, add_loading, config_from
 from sparsemem.cli.tables import show_report
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, LoadConfig
 from sparsemem.errors import ConfigError
 
 
@@ -46,6 +46,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     )
     add_probes(parser)
     add_prompt(parser)
+    add_loading(parser)
     add_config_options(parser, FinetuneConfig, "training")
 
 
@@ -69,6 +70,7 @@ def learn(args: argparse.Namespace) -> None:
         out=args.out,
         hash_facts=args.hash_facts,
         replace=args.replace,
+        loading=config_from(args, LoadConfig),
     )
     if args.json:
         console.emit_json(report)

@@ -4,9 +4,15 @@ import argparse
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.options import add_command, add_config_options, add_folder_command, config_from
+from sparsemem.cli.options import (
+    add_command,
+    add_config_options,
+    add_folder_command,
+    add_loading,
+    config_from,
+)
 from sparsemem.cli.tables import show_evaluation
-from sparsemem.config import MemoryConfig
+from sparsemem.config import LoadConfig, MemoryConfig
 
 
 def add_attach(commands: Any) -> None:
@@ -38,6 +44,7 @@ def add_making(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-documents", type=int, default=1000, metavar="N", help="texts to count usage over"
     )
+    add_loading(parser)
 
 
 def attach(args: argparse.Namespace) -> None:
@@ -53,6 +60,7 @@ def attach(args: argparse.Namespace) -> None:
         keys=args.keys,
         num_tokens=args.num_tokens,
         num_documents=args.num_documents,
+        loading=config_from(args, LoadConfig),
     )
     if args.json:
         console.emit_json(result)
@@ -81,6 +89,7 @@ def add_ask(commands: Any) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="where an answer is cut")
     add_prompt(parser)
+    add_loading(parser)
 
 
 def ask(args: argparse.Namespace) -> None:
@@ -93,6 +102,7 @@ def ask(args: argparse.Namespace) -> None:
         without=args.without,
         prompt=args.prompt,
         max_new_tokens=args.max_new_tokens,
+        loading=config_from(args, LoadConfig),
     )
     if args.json:
         console.emit_json({"question": args.question, "answer": answer})
@@ -112,13 +122,20 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--facts", metavar="FACTS", help="facts to ask for")
     add_probes(parser)
     add_prompt(parser)
+    add_loading(parser)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Run `evaluate`."""
     from sparsemem.study.learn import evaluate_folder
 
-    result = evaluate_folder(args.folder, facts=args.facts, probes=args.probes, prompt=args.prompt)
+    result = evaluate_folder(
+        args.folder,
+        facts=args.facts,
+        probes=args.probes,
+        prompt=args.prompt,
+        loading=config_from(args, LoadConfig),
+    )
     if args.json:
         console.emit_json(result)
     else:

@@ -6,7 +6,7 @@ import types
 from collections.abc import Collection
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from sparsemem.config import field_docs
+from sparsemem.config import LoadConfig, field_docs
 from sparsemem.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
@@ -33,6 +33,11 @@ def add_folder_command(
     parser = add_command(commands, name, summary, example, run)
     parser.add_argument("folder", metavar="DIR", help="folder made by attach")
     return parser
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that loads a model."""
+    add_config_options(parser, LoadConfig, "model")
 
 
 def add_config_options(

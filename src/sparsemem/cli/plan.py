@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsemem import console
-from sparsemem.cli.options import add_folder_command
+from sparsemem.cli.options import add_folder_command, add_loading, config_from
 from sparsemem.cli.tables import size
+from sparsemem.config import LoadConfig
 
 
 def add_plan(commands: Any) -> None:
@@ -26,6 +27,7 @@ def add_plan(commands: Any) -> None:
         "--budget", type=float, metavar="SHARE",
         help="of its tokens, as many may change: how many more facts fit (default: 0.01)",
     )  # fmt: skip
+    add_loading(parser)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -33,7 +35,7 @@ def plan(args: argparse.Namespace) -> None:
     from sparsemem.study.plan import plan_folder
 
     budget = {} if args.budget is None else {"budget": args.budget}
-    result = plan_folder(args.folder, args.background, **budget)
+    result = plan_folder(args.folder, args.background, loading=config_from(args, LoadConfig), **budget)
     if args.json:
         console.emit_json(result)
     else:

@@ -6,7 +6,8 @@ from typing import Any
 
 from sparsemem import console
 from sparsemem.cli.model import add_prompt
-from sparsemem.cli.options import add_folder_command
+from sparsemem.cli.options import add_folder_command, add_loading, config_from
+from sparsemem.config import LoadConfig
 
 
 def add_report(commands: Any) -> None:
@@ -36,6 +37,7 @@ def add_report(commands: Any) -> None:
         "--no-answers", action="store_true", help="ask nothing and draw no slots: no model is loaded"
     )
     add_prompt(parser)
+    add_loading(parser)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -53,6 +55,7 @@ def report(args: argparse.Namespace) -> None:
         answers=not args.no_answers,
         max_questions=args.max_questions,
         prompt=args.prompt,
+        loading=config_from(args, LoadConfig),
     )
     text = page(result)
     write_atomically(args.out, lambda temporary: temporary.write_text(text, encoding="utf-8"))

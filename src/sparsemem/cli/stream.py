@@ -7,7 +7,7 @@ from typing import Any
 from sparsemem import console
 from sparsemem.cli.learn import add_training
 from sparsemem.cli.options import add_folder_command, config_from
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, LoadConfig
 
 
 def add_stream(commands: Any) -> None:
@@ -122,6 +122,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "policy": load_policy(path) if path else None,
         "prompt": args.prompt,
         "on_update": _say_update,
+        "loading": config_from(args, LoadConfig),
     }
 
 

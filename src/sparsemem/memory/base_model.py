@@ -14,27 +14,33 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sparsemem.errors import MissingDependencyError, MissingFileError, ModelMismatchError
+from sparsemem.errors import ConfigError, MissingDependencyError, MissingFileError, ModelMismatchError
 from sparsemem.files import file_sha256, new_folder
 
+CPU = torch.device("cpu")
 SAMPLE = 256
 """Values per weight that go into a fingerprint."""
 
 
-def load_base_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_base_model(
+    name: str, *, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Any, Any]:
     """Load a causal LM and its tokenizer.
 
     Args:
         name: A Hub id, a local folder, or a .gguf file. The latter is de-quantized once and kept as
             safetensors under $XDG_CACHE_HOME/sparsemem.
-        dtype: Of the weights.
+        dtype: Of the weights: a torch dtype or its name.
+        device: Where to put it; "auto" is a GPU of CUDA where there is one, else the CPU.
 
     Returns:
         Model in evaluation mode, and tokenizer.
 
     Raises:
         MissingFileError: `name` is neither a file or folder nor a model that could be loaded.
+        ConfigError: This machine has no such device.
     """
+    place = usable_device(device)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         path = _converted(path)
@@ -49,7 +55,24 @@ def load_base_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[A
         ) from error
     # A folder under the cache means nothing to the next machine; what the user named does.
     model.config._name_or_path = name
-    return model.eval(), tokenizer
+    return model.eval().to(place), tokenizer
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Find a device by its name.
+
+    Raises:
+        ConfigError: This machine has no such device.
+    """
+    if device == "auto":
+        # Of several processes each has one of its own, see `distributed.processes`.
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"device={str(device)!r} is not usable here ({str(error).splitlines()[0]}); use auto or cpu"
+        ) from error
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:

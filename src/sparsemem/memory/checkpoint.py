@@ -91,7 +91,11 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
 
 
 def load(
-    path: str | Path, base_model: str | Any | None = None, *, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    base_model: str | Any | None = None,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> tuple[Any, Any]:
     """Rebuild a model with its memory as it was saved; what was committed since is not in it.
 
@@ -99,12 +103,14 @@ def load(
         path: A folder made by `save` or `sparsemem attach`, or the Hub id of one.
         base_model: Name of the base model, or the loaded model itself (it is changed in place), if
             it is no longer where it was when the memory was saved.
-        dtype: Of the base model's weights, where it is loaded here.
+        dtype: Of the base model's weights, where it is loaded here: a torch dtype or its name.
+        device: Where it is put then; "auto" is a GPU of CUDA where there is one, else the CPU.
 
     Returns:
         Model in evaluation mode, and tokenizer (None if a loaded model was passed).
 
     Raises:
+        ConfigError: This machine has no such device.
         MissingFileError: The folder or the base model is not there.
         CheckpointError: A file is damaged, foreign or of a newer format.
         ModelMismatchError: The base model is another one.
@@ -117,7 +123,9 @@ def load(
     tensors, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     bases = {name: _mapped(folder / file) for name, file in header.get("bases", {}).items()}
     if base_model is None or isinstance(base_model, str):
-        model, tokenizer = _checked_base_model(base_model or header["base_model"], header, folder, dtype)
+        model, tokenizer = _checked_base_model(
+            base_model or header["base_model"], header, folder, dtype, device
+        )
     else:
         model, tokenizer = base_model, None
         check_detached(model)
@@ -132,14 +140,14 @@ def load(
 
 
 def _checked_base_model(
-    name: str, header: dict[str, Any], folder: Path, dtype: torch.dtype
+    name: str, header: dict[str, Any], folder: Path, dtype: torch.dtype | str, device: torch.device | str
 ) -> tuple[Any, Any]:
     # float16 rounds otherwise than the fingerprint does, so there the check has a copy of its own.
-    exact = torch.float32 if dtype == torch.float16 else dtype
-    model, tokenizer = base_models.load_base_model(name, dtype=exact)
+    exact = torch.float32 if dtype in (torch.float16, "float16") else dtype
+    model, tokenizer = base_models.load_base_model(name, dtype=exact, device=device)
     base_models.check_fingerprint(model, header["base_fingerprint"], folder)
     if dtype != exact:
-        model, tokenizer = base_models.load_base_model(name, dtype=dtype)
+        model, tokenizer = base_models.load_base_model(name, dtype=dtype, device=device)
     return model, tokenizer
 
 

@@ -59,7 +59,7 @@ class SparseDelta:
         digest = hashlib.sha256()
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
         digest.update(repr(sorted((n, c.num_slots) for n, c in self.changes.items())).encode())
         return digest.hexdigest()
 

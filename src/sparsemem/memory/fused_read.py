@@ -5,6 +5,7 @@ Shape letters: T tokens, K reads per token (all heads together), V value dim, R 
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import contextlib
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ class FusedRead(torch.autograd.Function):
         sums_TV = table_RV.new_empty(num_tokens, value_dim)
         grid = num_tokens, triton.cdiv(value_dim, VALUES)
         if sums_TV.numel():
-            _sum_rows[grid](weights_TK, table_RV, row_ids_TK, sums_TV, num_reads, value_dim, READS, VALUES)
+            with _device_of(sums_TV):
+                _sum_rows[grid](
+                    weights_TK, table_RV, row_ids_TK, sums_TV, num_reads, value_dim, READS, VALUES
+                )
         return sums_TV
 
     @staticmethod
@@ -42,9 +46,10 @@ class FusedRead(torch.autograd.Function):
             grad_weights = torch.zeros_like(weights_TK)
             grid = num_tokens, triton.cdiv(num_reads, READS)
             if grad_weights.numel():
-                _dot_rows[grid](
-                    grad_TV, table_RV, row_ids_TK, grad_weights, num_reads, value_dim, READS, VALUES
-                )
+                with _device_of(grad_TV):
+                    _dot_rows[grid](
+                        grad_TV, table_RV, row_ids_TK, grad_weights, num_reads, value_dim, READS, VALUES
+                    )
         if ctx.needs_input_grad[1]:
             # The same sum the other way round: a row gathers the gradients of the tokens that read it, always
             # in one order, so that a step repeats to the bit.
@@ -53,10 +58,16 @@ class FusedRead(torch.autograd.Function):
             grad_table = torch.zeros_like(table_RV)
             grid = num_rows, triton.cdiv(value_dim, VALUES)
             if grad_table.numel():
-                _sum_tokens[grid](
-                    weights_TK, grad_TV, order_N, ends, grad_table, num_reads, value_dim, READS, VALUES
-                )
+                with _device_of(grad_TV):
+                    _sum_tokens[grid](
+                        weights_TK, grad_TV, order_N, ends, grad_table, num_reads, value_dim, READS, VALUES
+                    )
         return grad_weights, grad_table, None
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Context in which kernels run where a tensor lies; by default they run on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit

@@ -83,10 +83,15 @@ def grow_memory(
     if any(pool.base is not None for pool in pools(model).values()):
         raise ConfigError("a memory with a base table cannot grow: the table has no rows for new slots")
     documents = background_documents(texts, tokenizer)
-    seen = background_states(model, tokenizer, documents, num_tokens, layers, on_step)
+    seen = [
+        dataclasses.replace(states, hidden=states.hidden.to(layer.keys.device))
+        for layer, states in zip(
+            layers, background_states(model, tokenizer, documents, num_tokens, layers, on_step), strict=True
+        )
+    ]
     generator = torch.Generator().manual_seed(seed)
     kept = [
-        (keep or {}).get(layer.block_index, states.hidden[:0])
+        (keep or {}).get(layer.block_index, states.hidden[:0]).to(states.hidden)
         for layer, states in zip(layers, seen, strict=True)
     ]
     added, growth = [], {}
@@ -123,7 +128,7 @@ def _new_sub_keys(
             1
         )
         far = distance_T.topk(max(num_new, len(queries_TQ) // 2)).indices.sort().values
-        new_NQ = k_means(queries_TQ[far], num_new, generator)
+        new_NQ = k_means(queries_TQ[far].cpu(), num_new, generator).to(queries_TQ)  # the same on every device
         bias_N = -new_NQ.square().sum(1) / 2
         if len(kept_MPQ):
             kept_MQ = kept_MPQ[:, part]

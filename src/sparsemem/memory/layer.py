@@ -165,6 +165,8 @@ class MemoryLayer(nn.Module):
         exact = {name: p.data for name, p in self.named_parameters()}
         scale = self.value_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for network in self.replaced:  # which is no submodule, and goes along to where it will be put back
+            network._apply(fn, recurse)
         for name, parameter in self.named_parameters():
             parameter.data = exact[name].to(parameter.device)
         self.value_scale = scale.to(self.value_scale.device)
@@ -172,11 +174,15 @@ class MemoryLayer(nn.Module):
 
 
 def init_memory(layer: MemoryLayer, generator: torch.Generator) -> None:
-    """Draw queries, keys and gates at random, the same for the same generator."""
+    """Draw queries, keys and gates at random, the same for the same generator on every device."""
+
+    def draw(parameter: Tensor, fan_in: int) -> None:
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 1 / math.sqrt(fan_in), generator=generator))
+
     with torch.no_grad():
         for linear in (layer.query, layer.gate, layer.out):
             if linear is not None:
-                linear.weight.normal_(0.0, 1 / math.sqrt(linear.in_features), generator=generator)
+                draw(linear.weight, linear.in_features)
         layer.query.bias.zero_()
-        layer.keys.normal_(0.0, 1 / math.sqrt(layer.query_dim), generator=generator)
+        draw(layer.keys, layer.query_dim)
         layer.key_bias.zero_()

@@ -41,6 +41,10 @@ def select_slots(
     if max_document_frequency is None:
         # Relative: in a pool of a quarter of the slots, each is read by four times as many documents.
         max_document_frequency = COMMON * usage.mean_document_frequency
+    # On the CPU, where usage is kept: there a sum is taken in one order, and slots that are nearly equal fall
+    # the same way each time and in every process.
+    device = slot_ids.device
+    slot_ids, weights, groups = slot_ids.cpu(), weights.cpu(), groups.cpu()
     chosen = {}
     for group in groups.unique().tolist():
         in_group = groups == group
@@ -50,8 +54,8 @@ def select_slots(
         scores = ranking(reads, background)
         common = background.document_frequency > max_document_frequency * usage.num_documents
         if not common.all():
-            scores = scores.masked_fill(common.to(scores.device), 0.0)
-        chosen[group] = candidates[_best(scores, top_t)]
+            scores = scores.masked_fill(common, 0.0)
+        chosen[group] = candidates[_best(scores, top_t)].to(device)
     return chosen
 
 

@@ -172,7 +172,7 @@ def _count_reads(
 
     observe_reads(model, keep, **batch)
     for name, parts in seen.items():
-        keyed, times = torch.cat(parts).cpu().unique(return_counts=True)
+        keyed, times = (found.cpu() for found in torch.cat(parts).unique(return_counts=True))
         slot_ids = keyed % len(reads[name])
         reads[name].index_add_(0, slot_ids, times)
         frequency[name].index_add_(0, slot_ids, torch.ones_like(times))

@@ -20,7 +20,8 @@ def load(
     path: str | Path,
     base_model: str | Any | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
     revision: str = "HEAD",
 ) -> tuple[Any, Any]:
     """Rebuild a model with its memory and everything it learned.
@@ -29,13 +30,15 @@ def load(
         path: A folder made by `save` or `sparsemem attach`, or the Hub id of one.
         base_model: Name of the base model, or the loaded model itself (it is changed in place), if
             it is no longer where it was when the memory was saved.
-        dtype: Of the base model's weights, where it is loaded here.
+        dtype: Of the base model's weights, where it is loaded here: a torch dtype or its name.
+        device: Where it is put then; "auto" is a GPU of CUDA where there is one, else the CPU.
         revision: A version of its history; "attached" is the memory before any update.
 
     Returns:
         Model in evaluation mode, and tokenizer (None if a loaded model was passed).
 
     Raises:
+        ConfigError: This machine has no such device.
         MissingFileError: The folder or the base model is not there.
         CheckpointError: A file is damaged, foreign or of a newer format.
         HistoryError: There is no such version.
@@ -45,7 +48,7 @@ def load(
     checkpoint.read_header(folder)
     store = DeltaStore(folder)
     state = store.state(store.resolve(revision))
-    model, tokenizer = checkpoint.load(folder, base_model, dtype=dtype)
+    model, tokenizer = checkpoint.load(folder, base_model, dtype=dtype, device=device)
     try:
         write(state, pools(model))
     except SparsememError:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sparsemem import console
+from sparsemem.config import LoadConfig
 from sparsemem.errors import HistoryError
 from sparsemem.evaluation.generate import answer_questions
 from sparsemem.memory.checkpoint import local_folder, read_header
@@ -18,6 +19,7 @@ def ask_folder(
     without: str | None = None,
     prompt: PromptFormat = "qa",
     max_new_tokens: int = 32,
+    loading: LoadConfig | None = None,
 ) -> str:
     """Answer a question.
 
@@ -27,6 +29,7 @@ def ask_folder(
         without: Answer as before this update, a revision of the history (see `DeltaStore`).
         prompt: How to ask.
         max_new_tokens: Where the answer is cut.
+        loading: Device and precision of the model.
 
     Raises:
         SparsememError: The folder, the update or the prompt does not exist.
@@ -37,7 +40,7 @@ def ask_folder(
     # The version before it is found first: a wrong name should not cost the time of loading.
     revision = _before(DeltaStore(folder), without) if without else "HEAD"
     with console.progress(f"load {folder}"):
-        model, tokenizer = load(folder, revision=revision)
+        model, tokenizer = load(folder, revision=revision, **(loading or LoadConfig()).options())
     return answer_questions(model, tokenizer, [question], prompt=prompt, max_new_tokens=max_new_tokens)[0]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import console, distributed
-from sparsemem.config import MemoryConfig
+from sparsemem.config import LoadConfig, MemoryConfig
 from sparsemem.data import load_texts
 from sparsemem.files import check_new, new_folder
 from sparsemem.memory.attach import attach_memory, memory_layers
@@ -25,6 +25,7 @@ def attach_to_folder(
     num_tokens: int = 100_000,
     num_documents: int = 1000,
     prompt_formats: bool = True,
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Insert a memory, fit its keys, count background usage, and write all of it to a new folder.
 
@@ -37,6 +38,7 @@ def attach_to_folder(
         num_tokens: Tokens to fit them on.
         num_documents: Documents to count usage over.
         prompt_formats: Put two thirds of the text into this product's own prompts.
+        loading: Device and precision of the model.
 
     Returns:
         What was made, as plain JSON values.
@@ -48,7 +50,8 @@ def attach_to_folder(
     check_new(out)
     texts = [text for source in background for text in load_texts(source)]
     with console.progress(f"load {model_name}"):
-        model, tokenizer = distributed.main_first(lambda: load_base_model(model_name))
+        options = (loading or LoadConfig()).options()
+        model, tokenizer = distributed.main_first(lambda: load_base_model(model_name, **options))
         attach_memory(model, config)
     with console.progress(f"fit keys ({keys})") as step:
         if distributed.is_main():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemem import console
-from sparsemem.config import from_json
+from sparsemem.config import LoadConfig, from_json
 from sparsemem.data import Fact, load_facts
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.likelihood import log_probs_at
@@ -33,6 +33,7 @@ def explain_folder(
     question: bool = False,
     facts: str | Path | None = None,
     top: int = 5,
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Explain what the model of a folder makes of a text, as `explain` does.
 
@@ -42,6 +43,7 @@ def explain_folder(
         question: Ask it in the prompt that `ask` uses.
         facts: Where to read what was taught, for updates that do not say so themselves.
         top: As in `explain`.
+        loading: Device and precision of the model.
 
     Raises:
         SparsememError: The folder or the facts cannot be read, or there is no text.
@@ -52,7 +54,7 @@ def explain_folder(
     usage = load_usage(folder / USAGE_FILE)
     updates = taught_updates(folder, load_facts(facts) if facts else ())
     with console.progress(f"load {folder}"):
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, **(loading or LoadConfig()).options())
     usage.check(model)
     prompt, shown = (qa_examples(SHOTS), qa_question(text)) if question else ("", text)
     with console.progress("explain"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsemem import console
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, LoadConfig
 from sparsemem.data import Fact, load_texts
 from sparsemem.files import check_new, new_folder
 from sparsemem.memory import checkpoint
@@ -33,6 +33,7 @@ def grow_folder(
     *,
     num_tokens: int = 100_000,
     num_documents: int = 1000,
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Make a folder with more slots from one that may have learned already.
 
@@ -46,6 +47,7 @@ def grow_folder(
         num_keys: Sub-keys per half from now on; the memory will have num_keys**2 slots.
         num_tokens: Tokens to fit new sub-keys on.
         num_documents: Documents to count usage over.
+        loading: Device and precision of the model.
 
     Returns:
         As plain JSON values: `folder`, `num_slots_before`, `num_slots`, `num_facts` whose reads were kept,
@@ -61,7 +63,7 @@ def grow_folder(
     texts = [text for source in background for text in load_texts(source)]
     facts = [*dict.fromkeys(fact for version in _versions(store) for fact in known_facts(store, version))]
     with console.progress(f"load {folder}"):
-        model, tokenizer = checkpoint.load(folder)
+        model, tokenizer = checkpoint.load(folder, **(loading or LoadConfig()).options())
     usage.check(model)
     num_before = memory_config(model).num_slots
     with console.progress("fit new keys") as step:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import console
-from sparsemem.config import FinetuneConfig, from_json, to_json
+from sparsemem.config import FinetuneConfig, LoadConfig, from_json, to_json
 from sparsemem.data import Fact, load_questions, parse_fact
 from sparsemem.errors import HistoryError
 from sparsemem.evaluation.generate import answer_questions
@@ -55,6 +55,7 @@ def diff(
     *,
     questions: str | Path | None = None,
     prompt: PromptFormat = "qa",
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Say how two versions differ.
 
@@ -64,6 +65,7 @@ def diff(
         new: Another.
         questions: Questions to ask both versions.
         prompt: How to ask them.
+        loading: Device and precision of the model.
 
     Returns:
         Facts `gained` and `lost`, `num_slots` that differ, `probes` as they were measured when each version
@@ -83,7 +85,7 @@ def diff(
     }
     if asked:
         result["answers"] = _answers(
-            store, asked, [commit_id or ATTACHED for commit_id in ids], delta, prompt
+            store, asked, [commit_id or ATTACHED for commit_id in ids], delta, prompt, loading or LoadConfig()
         )
     return result
 
@@ -96,6 +98,7 @@ def settle(
     action: str,
     side: Side | None = None,
     relearn: bool = False,
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Commit what a revert, a cherry-pick or a merge changes.
 
@@ -106,6 +109,7 @@ def settle(
         action: Which of them it is.
         side: For whom conflicts are settled.
         relearn: Change the slots in conflict too, and teach the facts at stake again.
+        loading: Device and precision of the model, for that.
 
     Returns:
         The commit, with the number of conflicts and the facts that were taught again.
@@ -115,21 +119,21 @@ def settle(
     """
     num_conflicts = change.conflicts.num_slots_trained
     if relearn and num_conflicts:
-        commit = _relearn(store, change, message, action)
+        commit = _relearn(store, change, message, action, loading or LoadConfig())
         again = [describe(row) for row in change.at_stake]
     else:
         commit, again = commit_change(store, change, message, action, side), []
     return {"commit": dataclasses.asdict(commit), "num_conflicts": num_conflicts, "relearned": again}
 
 
-def _relearn(store: DeltaStore, change: Change, message: str, action: str) -> Commit:
+def _relearn(store: DeltaStore, change: Change, message: str, action: str, loading: LoadConfig) -> Commit:
     facts = [_fact(row) for row in change.at_stake]
     head = store.head()
     written = store.details(head).get("config") if head else None
     config = from_json(FinetuneConfig, written, store.folder) if written else FinetuneConfig()
     usage = load_usage(store.folder / USAGE_FILE)
     with console.progress(f"load {store.folder}"):
-        model, tokenizer = load(store.folder)
+        model, tokenizer = load(store.folder, **loading.options())
     delta = joined(change.delta, change.conflicts)
     delta.apply(pools(model))
     if facts:
@@ -156,9 +160,10 @@ def _answers(
     revisions: Sequence[str],
     delta: SparseDelta,
     prompt: PromptFormat,
+    loading: LoadConfig,
 ) -> list[dict[str, str]]:
     with console.progress(f"load {store.folder}"):
-        model, tokenizer = load(store.folder, revision=revisions[0])
+        model, tokenizer = load(store.folder, revision=revisions[0], **loading.options())
     before, after = ask_both(model, tokenizer, asked, delta, prompt=prompt)
     return [
         {"question": question, "old": old, "new": new}

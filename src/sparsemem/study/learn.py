@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import console, distributed
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, LoadConfig
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
 from sparsemem.evaluation.evaluate import fact_values
@@ -35,6 +35,7 @@ def learn(
     out: str | Path | None = None,
     hash_facts: bool = False,
     replace: bool = False,
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Teach the model of a folder some facts, and measure what it learned and what it forgot.
 
@@ -51,6 +52,7 @@ def learn(
         out: Folder to save a baseline's model or adapter to.
         hash_facts: Keep only hashes of the facts in the history, not their text.
         replace: Teach facts that contradict some taught before; these count as taken back.
+        loading: Device and precision of the model.
 
     Returns:
         The report, as plain JSON values; of method="memory" also `update`, its number, and `commit`.
@@ -65,7 +67,7 @@ def learn(
         raise DataError("there are no facts; give at least one")
     probe_list = resolve_probes(probes)
     texts = [text for source in background for text in load_texts(source)]
-    session = Session(folder)
+    session = Session(folder, loading)
     known = session.store.facts(session.head) if config.method == "memory" else []
     replaced = check_contradictions(fact_list, known, replace=replace)
     attempt = session.attempt(fact_list, probe_list, config, background=texts, prompt=prompt)
@@ -108,8 +110,9 @@ def evaluate_folder(
     facts: str | Path | None = None,
     probes: Sequence[str] | None = None,
     prompt: PromptFormat = "qa",
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
-    """Measure the model of a folder as it is; facts and probes as in `learn`.
+    """Measure the model of a folder as it is; arguments as in `learn`.
 
     Returns:
         `facts`, and `probes` with metric, value and num by name, as plain JSON values.
@@ -120,7 +123,7 @@ def evaluate_folder(
     probe_list = resolve_probes(probes)
     started = time.perf_counter()
     with console.progress(f"load {folder}"):
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, **(loading or LoadConfig()).options())
         store = DeltaStore(folder)
     scores = measure("measure", model, tokenizer, fact_list, probe_list, prompt)
     num_slots = sum(len(pool.written_ids) for pool in pools(model).values())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemem import console
+from sparsemem.config import LoadConfig
 from sparsemem.data import load_texts
 from sparsemem.encode import token_batches
 from sparsemem.errors import ConfigError, DataError
@@ -39,7 +40,11 @@ NUM_TEXTS = 200
 
 
 def plan_folder(
-    folder: str | Path, background: Sequence[str] = (), *, budget: float = MAX_FIRES
+    folder: str | Path,
+    background: Sequence[str] = (),
+    *,
+    budget: float = MAX_FIRES,
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Measure how full the memory of a folder is, and recommend one thing.
 
@@ -47,6 +52,7 @@ def plan_folder(
         folder: A memory folder.
         background: Sources of ordinary text, to measure how much of it something learned answers to.
         budget: Share of its tokens whose predictions may change at all.
+        loading: Device and precision of the model.
 
     Returns:
         As plain JSON values: `num_updates`; `num_facts`, as far as updates say what they taught; `pools`,
@@ -65,7 +71,7 @@ def plan_folder(
     updates = taught_updates(folder)
     texts = [text for source in background for text in load_texts(source)]
     with console.progress(f"load {folder}"):
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder, **(loading or LoadConfig()).options())
     usage.check(model)
     fires = firing_by_pool(model, tokenizer, texts) if texts else {}
     biases = [layer.key_bias for layer in memory_layers(model)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import console
+from sparsemem.config import LoadConfig
 from sparsemem.data import load_questions
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.evaluation.evaluate import answer_tokens
@@ -41,6 +42,7 @@ def report_folder(
     answers: bool = True,
     max_questions: int = 200,
     prompt: PromptFormat = "qa",
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Gather what `report_page.page` shows of a folder, at the version that is checked out.
 
@@ -53,6 +55,7 @@ def report_folder(
         answers: Load the model, ask it, and draw slots; it takes minutes where all else takes seconds.
         max_questions: How many are asked.
         prompt: How.
+        loading: Device and precision of the model.
 
     Returns:
         As plain JSON values: `updates` as in `log`, with facts and bytes; `timeline`, a row of numbers
@@ -83,7 +86,7 @@ def report_folder(
         "heatmaps": None,
     }
     if answers:
-        found |= _asked(store, rows, texts, max_questions, prompt)
+        found |= _asked(store, rows, texts, max_questions, prompt, loading or LoadConfig())
     return {**found, "provenance": _provenance(store, prompt if answers else None)}
 
 
@@ -140,6 +143,7 @@ def _asked(
     texts: Sequence[str],
     max_questions: int,
     prompt: PromptFormat,
+    loading: LoadConfig,
 ) -> dict[str, Any]:
     """Load the model once, and ask it before and after all that was learned."""
     asked, facts = rows[:max_questions], known_facts(store, store.head())
@@ -150,7 +154,7 @@ def _asked(
         return {"answers": {"rows": [], "num_left_out": 0}, "heatmaps": []}
     usage, updates = load_usage(store.folder / USAGE_FILE), taught_updates(store.folder)
     with console.progress(f"load {store.folder}"):
-        model, tokenizer = load(store.folder, revision=ATTACHED)
+        model, tokenizer = load(store.folder, revision=ATTACHED, **loading.options())
     usage.check(model)
     delta = difference(store.state(None), store.state(store.head()))
     replies = ask_both(

@@ -47,7 +47,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ATTACH_DEFAULTS = {
     parameter.name: parameter.default
     for parameter in inspect.signature(attach_to_folder).parameters.values()
-    if parameter.kind is parameter.KEYWORD_ONLY
+    if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "loading"
 }
 
 
@@ -296,6 +296,7 @@ def base_scores(
         [field.name for cls in (FactScores, ProbeScore) for field in dataclasses.fields(cls)],
         spec.prompt,
         spec.eval_dtype,
+        next(model.parameters()).device.type,
     )
     path = cache / "scores" / f"{key}.json"
     if not path.is_file():
@@ -327,10 +328,10 @@ def attached_folder(spec: RunSpec, background: Sequence[str], cache: Path) -> Pa
 def _load(spec: RunSpec, background: Sequence[str], cache: Path) -> tuple[Any, Any, Usage | None]:
     if spec.finetune_config.method != "memory":
         with console.progress(f"load {spec.model}"):
-            return *load_base_model(spec.model), None
+            return *load_base_model(spec.model, device="auto"), None
     folder = attached_folder(spec, background, cache)
     with console.progress(f"load {folder}"):
-        return *load(folder), load_usage(folder / USAGE_FILE)
+        return *load(folder, device="auto"), load_usage(folder / USAGE_FILE)
 
 
 def _unknown(scores: Evaluation, facts: Sequence[Fact]) -> list[Fact]:
@@ -355,7 +356,7 @@ def _is_sparse(model: nn.Module, delta: SparseDelta, sha_before: str) -> bool:
     for name, pool in pools(model).items():
         slot_ids, _ = pool.written()
         recorded = delta.changes[name].slot_ids if name in delta.changes else slot_ids[:0]
-        if not torch.isin(slot_ids, recorded).all():
+        if not torch.isin(slot_ids.cpu(), recorded.cpu()).all():
             return False
     return _exact_sha(model) == sha_before
 

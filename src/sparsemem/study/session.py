@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import console, distributed
-from sparsemem.config import FinetuneConfig, to_json
+from sparsemem.config import FinetuneConfig, LoadConfig, to_json
 from sparsemem.data import Fact
 from sparsemem.evaluation.evaluate import Evaluation, recall
 from sparsemem.evaluation.metrics import mean_or_none
@@ -56,18 +56,20 @@ class Session:
 
     Args:
         folder: A memory folder.
+        loading: Device and precision of the model.
 
     Raises:
         SparsememError: The folder holds no memory, or one that is damaged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, loading: LoadConfig | None = None) -> None:
         self.folder = Path(folder)
         self.store = DeltaStore(self.folder)
         self.usage = load_usage(self.folder / USAGE_FILE)
         with console.progress(f"load {self.folder}"):
             self.head = distributed.from_main(self.store.head)
-            self.model, self.tokenizer = distributed.main_first(lambda: load(self.folder))
+            options = (loading or LoadConfig()).options()
+            self.model, self.tokenizer = distributed.main_first(lambda: load(self.folder, **options))
             self.usage.check(self.model)
             self.num_base = num_base_values(self.model)
         self._probes_now: dict[str, ProbeScore] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemem import console
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, LoadConfig
 from sparsemem.data import Fact, load_texts, parse_fact
 from sparsemem.errors import ConfigError
 from sparsemem.memory.checkpoint import read_header
@@ -35,6 +35,7 @@ def stream(
     poll_seconds: float = 2.0,
     prompt: PromptFormat = "qa",
     on_update: Callable[[dict[str, Any]], None] | None = None,
+    loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Learn whatever comes from a source, one commit per batch, and never a row twice.
 
@@ -54,6 +55,7 @@ def stream(
         poll_seconds: How often to look for more.
         prompt: How questions are asked.
         on_update: Called with the report of each update, committed or refused.
+        loading: Device and precision of the model.
 
     Returns:
         How many facts were `learned`, `refused`, `proposed` and `known` before, and of `updates`.
@@ -69,7 +71,7 @@ def stream(
         raise ConfigError(f"method={config.method!r} makes no history; stream needs method='memory'")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is not positive; use 1 or more")
-    learner = _Learner(folder, probes, config, background, policy, prompt, source, on_update)
+    learner = _Learner(folder, probes, config, background, policy, prompt, source, on_update, loading)
     batch: dict[str, Fact] = {}
     for fact in facts_from(source, follow=follow, poll_seconds=poll_seconds):
         if fact is not None:
@@ -92,7 +94,7 @@ def approve(folder: str | Path, names: Sequence[str], **options: Any) -> dict[st
     Args:
         folder: A memory folder.
         names: Beginnings of their shas; "all" for everything that waits.
-        options: probes, config, background, prompt and policy, as for `stream`.
+        options: probes, config, background, prompt, policy, on_update and loading, as for `stream`.
 
     Returns:
         As `stream`.
@@ -108,6 +110,7 @@ def approve(folder: str | Path, names: Sequence[str], **options: Any) -> dict[st
         options.get("prompt", "qa"),
         "review",
         options.get("on_update"),
+        options.get("loading"),
     )
     taught = {row["sha"] for row in store.facts(store.head())}
     facts = [_fact(row) for row in rows if row["sha"] not in taught]
@@ -132,7 +135,9 @@ class _Learner:
         prompt: PromptFormat,
         source: str,
         on_update: Callable[[dict[str, Any]], None] | None,
+        loading: LoadConfig | None,
     ) -> None:
+        self.loading = loading
         self.folder, self.config, self.policy, self.prompt = folder, config, policy, prompt
         self.source, self.on_update = source, on_update
         self.probes = resolve_probes(probes)
@@ -166,7 +171,7 @@ class _Learner:
             self._learn(facts, [row for row in taught if row["sha"] not in replaced], replaced)
 
     def _learn(self, facts: Sequence[Fact], taught: Sequence[FactRow], replaced: list[str]) -> None:
-        self.session = self.session or Session(self.folder)
+        self.session = self.session or Session(self.folder, self.loading)
         earlier = self._drawn(taught)
         batch, self.faded = [*facts, *self.faded], []
         attached = first_scores(self.store) if self.policy.max_total_forgetting else {}

@@ -274,6 +274,11 @@ class DenseWeights:
     def __init__(self, model: nn.Module, config: FinetuneConfig) -> None:
         memory = {id(p) for layer in memory_layers(model) for p in layer.parameters()}
         if config.method == "full":
+            if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
+                raise ConfigError(
+                    "method='full' needs a model in float32: in bfloat16 small steps round to nothing; load "
+                    "it so, and use mixed_precision='bf16'"
+                )
             self.model = model
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) not in memory)
