@@ -80,6 +80,12 @@ def test_a_quorum_is_a_share(quorum):
         MemoryConfig(quorum=quorum)
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_what_is_averaged_is_a_share_of_the_steps(value):
+    with pytest.raises(ConfigError, match=f"average_from={value} is not a share"):
+        FinetuneConfig(average_from=value)
+
+
 def test_a_config_error_is_a_value_error():
     with pytest.raises(ValueError, match="top_t"):
         FinetuneConfig(top_t=0)

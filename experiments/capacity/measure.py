@@ -42,7 +42,7 @@ from sparsemem.training.methods import SparseMemory  # noqa: E402
 README = HERE / "README.md"
 RUNS = {
     (1024, 256): 3000,
-    (1024, 128): 3000,
+    (1024, 128): 1000,
     (1024, 512): 1000,
     (1024, 64): 1000,
     (512, 256): 1000,

@@ -85,7 +85,7 @@ DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {
     "top_t", "ranking", "max_document_frequency", "anchor", "tie_rows", "weighted_reads",
-    "prefix_cache_bytes", "memory", "attach",
+    "prefix_cache_bytes", "average_from", "memory", "attach",
 }  # fmt: skip
 """Options of a run that mean nothing to other methods."""
 
@@ -123,6 +123,8 @@ class FinetuneConfig:
     """Momentum of "sgd"."""
     weight_decay: float = 0.0
     """Weight decay of either optimizer."""
+    average_from: float = 0.5
+    """Share of its steps from which on a fact's row counts to the mean it ends as; 1 for no mean."""
     num_epochs: int = 24
     """Passes over the facts."""
     facts_per_batch: int = 8
@@ -186,6 +188,8 @@ class FinetuneConfig:
             )
         if self.adam_beta1 is not None and not 0 <= self.adam_beta1 < 1:
             raise ConfigError(f"adam_beta1={self.adam_beta1} is not a share; use 0 to below 1")
+        if not 0 <= self.average_from <= 1:
+            raise ConfigError(f"average_from={self.average_from} is not a share; use 0 to 1")
         if not self.held_per_step >= 0:
             raise ConfigError(f"held_per_step={self.held_per_step} is negative; use 0 or more")
         if self.penalty_weight is not None and not self.penalty_weight >= 0:

@@ -131,3 +131,31 @@ def test_a_schedule_sets_the_step_size(pool, start):
 def test_an_unknown_optimizer_is_named(pool):
     with pytest.raises(ConfigError, match="optimizer='adam' is unknown; use one of adamw, sgd"):
         SlotOptimizer({"p": pool}, "adam", lr=0.1)
+
+
+def rows_after_each_step(start, slot, grads):
+    pool = Pool(NUM_SLOTS, WIDTH)
+    pool.write(torch.arange(NUM_SLOTS), start)
+    optimizer, found = SlotOptimizer({"p": pool}, "sgd", lr=0.1), []
+    for grad in grads:
+        train(pool, optimizer, [torch.tensor([slot])], grad.unsqueeze(0))
+        found.append(pool.current(torch.tensor([slot]))[0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("average_from", "first"), [(0.0, 0), (0.5, 3), (0.7, 4), (1.0, 5), (0.9, 5)])
+def test_a_row_of_a_fact_ends_as_the_mean_of_its_last_ones(pool, start, average_from, first):
+    grads = gradients(6)
+    optimizer = SlotOptimizer({"p": pool}, "sgd", lr=0.1, num_steps=6, average_from=average_from)
+    slot_ids, tags = torch.tensor([2, 5]), torch.tensor([NUM_SLOTS + 1, 5])
+    for number, grad in enumerate(grads):
+        if number == 2:  # others, in between: a row counts its own steps
+            train(pool, optimizer, [torch.tensor([7])], grads[:1])
+        active = pool.activate(slot_ids, tags)  # rows ascend by tag
+        active.grad = grad[[5, 2]].clone()
+        optimizer.step()
+    pool.deactivate()
+    expected = rows_after_each_step(start, 2, grads)[first:].mean(dim=0)
+    torch.testing.assert_close(pool.current(torch.tensor([2]))[0], expected)
+    # A row that belongs to a slot, not to a fact, stays as the last step left it.
+    torch.testing.assert_close(pool.current(torch.tensor([5]))[0], rows_after_each_step(start, 5, grads)[-1])

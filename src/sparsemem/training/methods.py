@@ -87,6 +87,8 @@ class SparseMemory:
             momentum=config.momentum,
             betas=config.betas,
             weight_decay=config.weight_decay,
+            num_steps=config.num_epochs,
+            average_from=config.average_from,
         )
 
     @contextlib.contextmanager

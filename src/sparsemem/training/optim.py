@@ -31,6 +31,11 @@ class SlotOptimizer(torch.optim.Optimizer):
         betas: For "adamw".
         eps: For "adamw".
         weight_decay: Decoupled for "adamw", added to the gradient for "sgd", as in torch.
+        num_steps: Steps that each row of a fact will have; what `average_from` is a share of.
+        average_from: A row of a fact ends as the mean of what it was after each step from this share of its
+            steps on (Polyak and Juditsky 1992), which is nearer to where the noise of single steps keeps it
+            from; with 1 it stays as the last step left it. Rows that belong to one slot, which several facts
+            may train, are left alone.
 
     Raises:
         ConfigError: `name` is unknown.
@@ -46,11 +51,14 @@ class SlotOptimizer(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        num_steps: int = 1,
+        average_from: float = 1.0,
     ) -> None:
         if name not in UPDATES:
             raise ConfigError(f"optimizer={name!r} is unknown; use one of {', '.join(UPDATES)}")
         self.pools = pools
         self.update = UPDATES[name]
+        self.num_steps, self.num_averaged = num_steps, num_steps - round(average_from * num_steps)
         self.row_state: dict[str, dict[str, _StateTable]] = {pool: {} for pool in pools}
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay
@@ -76,7 +84,18 @@ class SlotOptimizer(torch.optim.Optimizer):
                 grad = torch.zeros_like(pool.active)
             state = _State(self.row_state[name], pool.selection.tags)
             self.update(pool.active, distributed.summed(grad), state, self.param_groups[0])
+            if self.num_averaged > 1:
+                self._average(pool.active, state, of_facts=pool.selection.tags >= pool.num_slots)
             state.save()
+
+    def _average(self, rows_AV: Tensor, state: "_State", of_facts: Tensor) -> None:
+        """Go on with the mean of each row, and put it in the row's place after its last step."""
+        steps_A1 = state.get("steps", 1).add_(1)
+        since_A1 = (steps_A1 - (self.num_steps - self.num_averaged)).clamp(min=1)
+        mean_AV = state.get("mean", rows_AV.shape[1])
+        mean_AV.lerp_(rows_AV, 1 / since_A1)  # until the first that counts, just the row itself
+        is_done = of_facts & (steps_A1.squeeze(1) == self.num_steps)
+        rows_AV[is_done] = mean_AV[is_done]
 
 
 class _StateTable:
