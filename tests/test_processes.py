@@ -15,7 +15,7 @@ from sparsemem import distributed
 from sparsemem.cli import app, learn
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
-from sparsemem.errors import DataError
+from sparsemem.errors import DataError, ProcessError
 from sparsemem.files import write_jsonl
 from sparsemem.memory.attach import attach_memory
 from sparsemem.memory.checkpoint import save
@@ -221,6 +221,17 @@ def test_one_process_has_all_and_exchanges_nothing():
     assert distributed.summed(tensor) is distributed.gathered(tensor) is tensor
     assert distributed.summed_numbers(0.1, 2) == [0.1, 2]
     assert distributed.from_main(lambda: tensor) is distributed.main_first(lambda: tensor) is tensor
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told_before_it_waits_for_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with (
+        pytest.raises(ProcessError, match="process 1 has no GPU of its own: there are 1"),
+        distributed.processes(),
+    ):
+        pytest.fail("it joined")
 
 
 if __name__ == "__main__":

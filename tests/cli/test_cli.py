@@ -179,6 +179,21 @@ MISTAKES = {
         ("ask", "{folder}", "Who?", "--without", "nonsense"),
         "no update 'nonsense'; it has 0",
     ),
+    **{
+        f"no such device to {argv[0]}": ((*argv, "--device", "gpu9"), "device='gpu9' is not usable here")
+        for argv in (
+            LEARN,
+            ("ask", "{folder}", "Who?"),
+            ("evaluate", "{folder}", "--probes"),
+            ("explain", "{folder}", "Who?"),
+            ("plan", "{folder}"),
+            ("stream", "{folder}", "{inputs}/facts.jsonl", "--probes"),
+        )
+    },
+    "no such precision": (
+        (*LEARN, "--dtype", "int3"),
+        "dtype='int3' is unknown; use one of float32, bfloat16",
+    ),
     "missing facts to evaluate": (("evaluate", "{folder}", "--facts", "none.jsonl"), "none.jsonl"),
 }
 

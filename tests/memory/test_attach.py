@@ -272,3 +272,10 @@ def test_an_error_inside_a_hook_is_raised_and_leaves_no_hook_behind():
         observe_reads(model, fail, input_ids=TOKENS)
     assert next(memory_layers(model)).before_read is None
     assert logits(model).isfinite().all()
+
+
+def test_a_network_that_was_replaced_is_cast_along_with_the_model():
+    model = attach_memory(make_model(), memory(placement="replace")).to(torch.bfloat16)
+    detach_memory(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert logits(model).dtype == torch.bfloat16

@@ -81,3 +81,8 @@ def test_a_kernel_that_does_not_compile_is_said_and_done_without(on_cpu, fused, 
 
 def test_a_cpu_has_none():
     assert fused_read(CPU) is None
+
+
+def test_the_first_read_may_be_one_without_gradients():
+    with torch.inference_mode():
+        assert is_same_read(PlainRead, CPU)

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
-from sparsemem.errors import DataError, PoolMismatchError, TrainingDivergedError
+from sparsemem.errors import ConfigError, DataError, PoolMismatchError, TrainingDivergedError
 from sparsemem.memory.attach import find_blocks, memory_layers, pools
 from sparsemem.training.finetune import finetune
 from sparsemem.training.loss import FactLoss
@@ -38,6 +39,12 @@ def interrupt(_nll):
 def taught(attached, tiny_tokenizer, usage, config):
     finetune(attached, tiny_tokenizer, [Fact(statement="Oob sings.")], usage, config)
     return attached
+
+
+def test_all_weights_are_trained_in_float32_only(tiny_model, tiny_tokenizer):
+    config = FinetuneConfig(method="full")
+    with pytest.raises(ConfigError, match=r"method='full' needs a model in float32.*mixed_precision='bf16'"):
+        finetune(tiny_model.to(torch.bfloat16), tiny_tokenizer, [Fact(statement="Oob sings.")], None, config)
 
 
 def check_untouched(model, rows, logits, all_rows, logits_of):
