@@ -23,6 +23,7 @@ from sparsemem.study.history import diff
 from sparsemem.study.learn import evaluate_folder, learn
 from sparsemem.study.plan import plan_folder
 from sparsemem.study.report import report_folder
+from sparsemem.training.finetune import finetune
 
 ON_GPU = LoadConfig(device="cuda")
 PRETENDED = not torch.cuda.is_available()
@@ -130,3 +131,21 @@ def test_a_device_that_is_not_there_is_named_before_a_model_is_loaded(folder):
     for name in ("cuda", "cuda:7", "nonsense"):
         with pytest.raises(ConfigError, match=rf"device='{name}' is not usable here \(.+\); use auto or cpu"):
             load(folder, device=name)
+
+
+def test_a_model_in_bfloat16_learns_rows_in_float32(folder, facts, config, monkeypatch):
+    dtypes = []
+
+    def seen(model, *args, **options):
+        dtypes.append(model.get_input_embeddings().weight.dtype)
+        return finetune(model, *args, **options)
+
+    monkeypatch.setattr("sparsemem.study.measure.finetune", seen)
+    report = learn(folder, facts, config=config, probes=[], loading=LoadConfig(dtype="bfloat16"))
+    assert dtypes == [torch.bfloat16]
+    assert report["num_slots_trained"] > 0
+    store = DeltaStore(folder)
+    (change,) = store.delta(store.head()).changes.values()
+    assert change.after.dtype == torch.float32
+    assert not torch.equal(change.after, change.after.bfloat16().float())
+    evaluate_folder(folder, probes=[], loading=LoadConfig(dtype="bfloat16"))
