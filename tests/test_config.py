@@ -137,6 +137,13 @@ def test_what_depends_on_the_method_can_be_set():
     assert FinetuneConfig(penalty_weight=0.0).strength == 0.0
 
 
+def test_a_run_from_before_there_was_a_mean_had_none():
+    assert applicable({"method": "memory"})["average_from"] == 1.0
+    assert applicable(to_json(FinetuneConfig()))["average_from"] == 0.5
+    assert "average_from" not in applicable({"method": "memory", "tie_rows": False})
+    assert "average_from" not in applicable({"method": "lora"})
+
+
 def test_what_an_older_run_wrote_down_of_another_method_does_not_count():
     older = {"method": "full", "top_t": 128, "penalty": "none", "penalty_weight": 1.0, "model": "m"}
     assert applicable(older) == applicable({"method": "full", "model": "m"})

@@ -124,7 +124,8 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     """Weight decay of either optimizer."""
     average_from: float = 0.5
-    """Share of its steps from which on a fact's row counts to the mean it ends as; 1 for no mean."""
+    """Share of its steps from which on a fact's row counts to the mean it ends as; 1 for no mean. Untied rows
+    have none."""
     num_epochs: int = 24
     """Passes over the facts."""
     facts_per_batch: int = 8
@@ -261,11 +262,13 @@ def applicable(options: dict[str, Any]) -> dict[str, Any]:
     Args:
         options: Options of `FinetuneConfig`, as plain JSON values; others stay as they are.
     """
+    options = {"average_from": 1.0, **options}  # what was written down before there was a mean had none
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     config = from_json(FinetuneConfig, {name: options[name] for name in options.keys() & names}, "config")
     values = to_json(config) | {"learning_rate": config.lr, "penalty": config.kind_of_penalty}
     values |= {"adam_beta1": config.betas[0], "penalty_weight": config.strength}
     idle = set() if config.method == "memory" else MEMORY_OPTIONS
+    idle |= set() if config.ties_rows else {"average_from"}
     idle |= {"momentum"} if config.optimizer == "adamw" else {"adam_beta1"}
     idle |= {"penalty_weight"} if values["penalty"] == "none" else set()
     idle |= set() if config.is_local else {"held_per_step"}

@@ -188,6 +188,9 @@ MISTAKES = {
             ("explain", "{folder}", "Who?"),
             ("plan", "{folder}"),
             ("stream", "{folder}", "{inputs}/facts.jsonl", "--probes"),
+            ("grow", "{folder}", "--num-keys", "12", "--background", "{inputs}/background.jsonl")
+            + ("--out", "{inputs}/out"),
+            ("diff", "{folder}", "attached", "HEAD", "--questions", "{inputs}/closed.jsonl"),
         )
     },
     "no such precision": (

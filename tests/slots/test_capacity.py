@@ -44,12 +44,17 @@ def test_a_slot_two_updates_wrote_is_counted_once():
 
 
 def test_a_pool_is_measured_by_what_the_background_reads():
-    updates = [(torch.tensor([0, 3]), 1), (torch.tensor([3]), 2), (torch.tensor([3]), 0)]
-    found = measure_capacity(usage([1, 6, 2, 1]), torch.tensor([0, 3]), updates)
+    updates = [torch.tensor([0, 3]), torch.tensor([3])]
+    found = measure_capacity(usage([1, 6, 2, 1]), torch.tensor([0, 3]), updates, num_facts=3)
     assert found.hit_share == 0.2
     assert (found.num_slots, found.num_written, found.num_shared, found.fill) == (4, 2, 1, 0.5)
     assert found.hub_share == 0.6
-    assert (found.num_facts, found.slots_per_fact) == (3, 2)
+    assert (found.num_facts, found.slots_per_fact) == (3, 256)
+
+
+def test_there_are_no_fewer_facts_than_it_takes_to_write_the_slots():
+    written = torch.arange(5)
+    assert measure_capacity(usage([1] * 9), written, [], num_facts=1, slots_per_fact=2).num_facts == 3
 
 
 def test_an_empty_pool_has_room():
@@ -65,7 +70,7 @@ def test_an_empty_pool_has_room():
         ({"hub_share": 0.6}, "another layer", "take 60% of all reads"),
         ({"hub_share": 0.6, "has_fitted_keys": False}, "other keys", "attach anew with --keys k_means"),
         ({"num_facts": 200}, "more slots", "200 facts have taken about"),
-        ({"fires": 0.03}, "more slots", "to 3.0% of the tokens of ordinary text (budget 0.01)"),
+        ({"fires": 0.03}, "more slots", "to 3.0% of the tokens of ordinary text (budget 1.0%)"),
         ({"fires": 0.001}, "nothing", "0.10% of the tokens of ordinary text fire"),
         ({"num_shared": 10}, "more slots", "20% of the written slots are wanted by more than one"),
         ({"num_written": 0, "num_shared": 0, "hit_share": 0.0}, "nothing", "0.0% of the slots"),

@@ -9,7 +9,7 @@ everywhere.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -35,20 +35,44 @@ def said_to_lie(found: Any, device: torch.device | None) -> Any:
 
 
 class PretendGpu(TorchFunctionMode):
-    """Within this mode there is one GPU."""
+    """Within this mode there is one GPU.
+
+    Attributes:
+        num_moved: How many tensors were brought to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_moved = 0
+        self.hidden = nn.Parameter.__new__, torch.frombuffer
+
+    def __enter__(self) -> "PretendGpu":
+        # What no mode gets to see: where these two put a tensor.
+        new, read = self.hidden
+
+        def new_parameter(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+            return said_to_lie(new(cls, data, requires_grad), CPU if data is None else place(data))
+
+        nn.Parameter.__new__ = staticmethod(new_parameter)
+        torch.frombuffer = lambda *args, **options: said_to_lie(read(*args, **options), CPU)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        nn.Parameter.__new__, torch.frombuffer = self.hidden
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         owner = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name == "_parse_to":  # what Module.to makes of its arguments
+        if name in ("_parse_to", "_has_compatible_shallow_copy_type"):  # which Module.to asks
             return func(*args, **kwargs)
         if name in ("__get__", "__set__"):
             return self._property(func, owner, args)
         wanted, args, kwargs = _without_devices(args, kwargs)
         tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         places = {place(t) for t in tensors}
-        if name == "numpy" and GPU in places:
+        if name in ("numpy", "__array__") and GPU in places:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if name == "pin_memory" or name == "is_pinned":
             return args[0] if name == "pin_memory" else False
@@ -56,10 +80,10 @@ class PretendGpu(TorchFunctionMode):
         found = func(*args, **kwargs)
         if name == "to" and len(args) > 1 and isinstance(args[1], Tensor):
             wanted = place(args[1])
-            return _moved(found, args[0], wanted)
+            return self._moved(found, args[0], wanted)
         if name in ("to", "cuda", "cpu"):
             target = {"cuda": GPU, "cpu": CPU}.get(name, wanted or place(args[0]))
-            return _moved(found, args[0], target)
+            return self._moved(found, args[0], target)
         if name == "copy_":
             return args[0]
         if wanted is None and not tensors:
@@ -76,6 +100,13 @@ class PretendGpu(TorchFunctionMode):
         inplace = name.endswith("_") and not name.endswith("__") and args and found is args[0]
         return found if inplace else said_to_lie(found, wanted)
 
+    def _moved(self, found: Tensor, before: Tensor, target: torch.device | None) -> Tensor:
+        if place(before) != target:
+            self.num_moved += target == GPU
+            if found is before:
+                found = before.view_as(before) if before.requires_grad else before.detach().clone()
+        return said_to_lie(found, target)
+
     def _property(self, func: Any, owner: str, args: Any) -> Any:
         tensor = args[0]
         if owner == "device":
@@ -89,12 +120,6 @@ class PretendGpu(TorchFunctionMode):
         if isinstance(found, Tensor) and found is not tensor:
             said_to_lie(found, place(tensor))
         return found
-
-
-def _moved(found: Tensor, before: Tensor, target: torch.device | None) -> Tensor:
-    if found is before and place(before) != target:
-        found = before.detach().clone() if not before.requires_grad else before.view_as(before)
-    return said_to_lie(found, target)
 
 
 def _without_devices(args: Any, kwargs: dict[str, Any]) -> tuple[torch.device | None, Any, dict[str, Any]]:
@@ -124,6 +149,7 @@ def _check(name: str, args: Any, tensors: list[Tensor]) -> None:
             raise RuntimeError(f"{name}: indices should be either on cpu or on the same device as the tensor")
         values = [t for t in args[2:] if isinstance(t, Tensor) and t.dim()]
         tensors = [target, *values]
-    found = {place(t) for t in tensors if t.dim()} - {None}
+    # A number on the CPU goes with tensors anywhere, but is not put together with them.
+    found = {place(t) for t in tensors if t.dim() or name in ("cat", "stack", "concat")} - {None}
     if len(found) > 1 or (found == {CPU} and any(place(t) == GPU for t in tensors)):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")

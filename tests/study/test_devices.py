@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from tests.study.conftest import SHAPE
-from tests.study.pretend_gpu import CPU, GPU, PretendGpu, place, said_to_lie
+from tests.study.pretend_gpu import CPU, GPU, PretendGpu, place
 
 from sparsemem.config import LoadConfig
 from sparsemem.errors import ConfigError
@@ -33,15 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:sparsemem reads without Triton")
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A context in which there is a GPU; entered by tests, as fixtures do without."""
-    if PRETENDED:
-        from_buffer = torch.frombuffer  # which no mode gets to see
-        monkeypatch.setattr(
-            torch, "frombuffer", lambda *args, **kw: said_to_lie(from_buffer(*args, **kw), CPU)
-        )
-    yield PretendGpu() if PRETENDED else contextlib.nullcontext()
+def gpu():
+    """A context in which there is a GPU, which has to be used; entered by tests, as fixtures do without."""
+    context = PretendGpu() if PRETENDED else contextlib.nullcontext()
+    yield context
     fused_read.cache_clear()
+    assert not PRETENDED or context.num_moved > 0
 
 
 @pytest.mark.parametrize(
@@ -119,6 +116,13 @@ def test_the_device_pretended_refuses_what_cuda_refuses():
         for refused in (lambda: here + there, lambda: here[there], lambda: torch.isin(there, here)):
             with pytest.raises(RuntimeError, match="same device"):
                 refused()
+        linear = torch.nn.Linear(3, 3)  # which nobody moved
+        assert place(linear.weight) == CPU
+        numbers = torch.tensor(1.0), torch.tensor(1.0, device="cuda")
+        for refused in (lambda: linear(there.float()), lambda: torch.stack(numbers)):
+            with pytest.raises(RuntimeError, match="same device"):
+                refused()
+        linear.to("cuda")(there.float())
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
         with pytest.raises(RuntimeError, match="generator"):
@@ -126,11 +130,20 @@ def test_the_device_pretended_refuses_what_cuda_refuses():
 
 
 @pytest.mark.skipif(not PRETENDED, reason="there is a GPU")
-def test_a_device_that_is_not_there_is_named_before_a_model_is_loaded(folder):
+def test_a_device_that_is_not_there_is_named_before_a_model_is_loaded(folder, monkeypatch):
     assert usable_device("auto") == torch.device("cpu")
-    for name in ("cuda", "cuda:7", "nonsense"):
+    monkeypatch.setattr(
+        "sparsemem.memory.base_model._quiet_transformers", lambda: pytest.fail("it was loaded")
+    )
+    for name in ("cuda", "cuda:7", "meta", "nonsense"):
         with pytest.raises(ConfigError, match=rf"device='{name}' is not usable here \(.+\); use auto or cpu"):
             load(folder, device=name)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "half precision", torch.int64])
+def test_what_is_no_precision_of_weights_is_named(folder, dtype):
+    with pytest.raises(ConfigError, match="is no precision of weights; use float32 or bfloat16"):
+        load(folder, dtype=dtype)
 
 
 def test_a_model_in_bfloat16_learns_rows_in_float32(folder, facts, config, monkeypatch):

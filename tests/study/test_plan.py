@@ -5,7 +5,7 @@ import torch
 
 from sparsemem.errors import ConfigError, MissingFileError
 from sparsemem.memory.attach import pools
-from sparsemem.slots.capacity import Capacity
+from sparsemem.slots.capacity import LAW, Capacity
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
@@ -47,9 +47,9 @@ def test_figures_are_those_of_the_folder(folder, facts, config):
     assert sum(result["disk_bytes"].values()) == on_disk
     assert result["disk_bytes"]["history"] > 0
     assert result["disk_bytes"]["usage"] == (folder / USAGE_FILE).stat().st_size
-    assert (pool["num_facts"], pool["has_fitted_keys"]) == (2, True)
-    assert pool["slots_per_fact"] == max(len(first), len(second))
-    assert pool["room"] == 0 or pool["taken"] < 0.5
+    assert (pool["num_facts"], pool["slots_per_fact"], pool["has_fitted_keys"]) == (2, config.top_t, True)
+    assert pool["taken"] == LAW.taken(2, 64, config.top_t)
+    assert pool["room"] == max(0, int(LAW.num_facts(0.5, 64, config.top_t)) - 2)
     assert result["recommendation"] in ACTIONS
     assert torch.equal(written, pools(load(folder)[0])["layer_1"].written_ids)
 
@@ -95,7 +95,17 @@ def test_a_budget_decides_how_many_more_facts_fit(folder, facts, config, backgro
     assert (strict["recommendation"], strict["pools"]["layer_1"]["room"]) == ("more slots", 0)
     assert "of the tokens of ordinary text (budget" in strict["reason"]
     with pytest.raises(ConfigError, match="budget=0 is no share"):
-        plan_folder(folder, budget=0)
+        plan_folder(folder, [str(background)], budget=0)
+    with pytest.raises(ConfigError, match="give some, to measure it on"):
+        plan_folder(folder, budget=0.1)
+
+
+def test_facts_of_which_only_hashes_are_kept_count_and_those_taken_back_do_not(folder, facts, config):
+    learn(folder, facts[:1], probes=[], config=config, hash_facts=True)
+    learn(folder, facts[1:], probes=[], config=config, hash_facts=True)
+    assert plan_folder(folder)["pools"]["layer_1"]["num_facts"] == 2
+    DeltaStore(folder).undo()
+    assert plan_folder(folder)["pools"]["layer_1"]["num_facts"] == 1
 
 
 def test_a_background_that_is_not_there_is_named_before_the_model_is_loaded(folder, monkeypatch):

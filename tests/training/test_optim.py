@@ -143,7 +143,9 @@ def rows_after_each_step(start, slot, grads):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize(("average_from", "first"), [(0.0, 0), (0.5, 3), (0.7, 4), (1.0, 5), (0.9, 5)])
+@pytest.mark.parametrize(
+    ("average_from", "first"), [(0.0, 0), (0.5, 3), (0.6, 3), (0.7, 4), (0.99, 5), (1.0, 5)]
+)
 def test_a_row_of_a_fact_ends_as_the_mean_of_its_last_ones(pool, start, average_from, first):
     grads = gradients(6)
     optimizer = SlotOptimizer({"p": pool}, "sgd", lr=0.1, num_steps=6, average_from=average_from)

@@ -43,7 +43,7 @@ def taught(attached, tiny_tokenizer, usage, config):
 
 def test_all_weights_are_trained_in_float32_only(tiny_model, tiny_tokenizer):
     config = FinetuneConfig(method="full")
-    with pytest.raises(ConfigError, match=r"method='full' needs a model in float32.*mixed_precision='bf16'"):
+    with pytest.raises(ConfigError, match=r"needs weights in float32, and these are torch.bfloat16.*; load"):
         finetune(tiny_model.to(torch.bfloat16), tiny_tokenizer, [Fact(statement="Oob sings.")], None, config)
 
 

@@ -48,7 +48,7 @@ def _add_views(commands: Any) -> None:
     two.add_argument("new", metavar="B", help="another")
     two.add_argument("--questions", metavar="PATH", help="questions to ask both versions")
     add_prompt(two)
-    add_loading(two)
+    add_loading(two, "model, for --questions")
 
 
 def _add_changes(commands: Any) -> None:
@@ -69,7 +69,7 @@ def _add_changes(commands: Any) -> None:
         how.add_argument("--ours", action="store_true", help="leave slots in conflict as they are")
         how.add_argument("--theirs", action="store_true", help="change them, and damage the facts at stake")
         how.add_argument("--relearn", action="store_true", help="change them, and teach these facts again")
-        add_loading(joins)
+        add_loading(joins, "model, for --relearn")
 
 
 def _add_names(commands: Any) -> None:

@@ -35,9 +35,9 @@ def add_folder_command(
     return parser
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that loads a model."""
-    add_config_options(parser, LoadConfig, "model")
+def add_loading(parser: argparse.ArgumentParser, title: str = "model") -> None:
+    """Add `--device` and `--dtype`."""
+    add_config_options(parser, LoadConfig, title)
 
 
 def add_config_options(

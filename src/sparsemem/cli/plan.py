@@ -25,7 +25,7 @@ def add_plan(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--budget", type=float, metavar="SHARE",
-        help="of its tokens, as many may change: how many more facts fit (default: 0.01)",
+        help="share of the tokens of --background whose predictions may change (default: 0.01)",
     )  # fmt: skip
     add_loading(parser)
 
@@ -34,8 +34,9 @@ def plan(args: argparse.Namespace) -> None:
     """Run `plan`."""
     from sparsemem.study.plan import plan_folder
 
-    budget = {} if args.budget is None else {"budget": args.budget}
-    result = plan_folder(args.folder, args.background, loading=config_from(args, LoadConfig), **budget)
+    result = plan_folder(
+        args.folder, args.background, budget=args.budget, loading=config_from(args, LoadConfig)
+    )
     if args.json:
         console.emit_json(result)
     else:

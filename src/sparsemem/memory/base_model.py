@@ -38,9 +38,9 @@ def load_base_model(
 
     Raises:
         MissingFileError: `name` is neither a file or folder nor a model that could be loaded.
-        ConfigError: This machine has no such device.
+        ConfigError: This machine has no such device, or no room on it.
     """
-    place = usable_device(device)
+    place, dtype = usable_device(device), torch_dtype(dtype)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         path = _converted(path)
@@ -55,7 +55,10 @@ def load_base_model(
         ) from error
     # A folder under the cache means nothing to the next machine; what the user named does.
     model.config._name_or_path = name
-    return model.eval().to(place), tokenizer
+    try:
+        return model.eval().to(place), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"{name} in {dtype} does not fit on {place}; use bfloat16 or the CPU") from error
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -68,11 +71,24 @@ def usable_device(device: torch.device | str) -> torch.device:
         # Of several processes each has one of its own, see `distributed.processes`.
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
     try:
-        return torch.empty(0, device=device).device
+        one = torch.zeros(1, device=device)
+        one.tolist()  # which "meta" has nothing for
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"device={str(device)!r} is not usable here ({str(error).splitlines()[0]}); use auto or cpu"
-        ) from error
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise ConfigError(f"device={str(device)!r} is not usable here ({reason}); use auto or cpu") from error
+    return one.device
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Find a precision of weights by its name.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r} is no precision of weights; use float32 or bfloat16")
+    return found
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:

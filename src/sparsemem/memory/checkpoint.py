@@ -143,7 +143,8 @@ def _checked_base_model(
     name: str, header: dict[str, Any], folder: Path, dtype: torch.dtype | str, device: torch.device | str
 ) -> tuple[Any, Any]:
     # float16 rounds otherwise than the fingerprint does, so there the check has a copy of its own.
-    exact = torch.float32 if dtype in (torch.float16, "float16") else dtype
+    dtype = base_models.torch_dtype(dtype)
+    exact = torch.float32 if dtype == torch.float16 else dtype
     model, tokenizer = base_models.load_base_model(name, dtype=exact, device=device)
     base_models.check_fingerprint(model, header["base_fingerprint"], folder)
     if dtype != exact:

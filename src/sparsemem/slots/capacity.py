@@ -63,8 +63,8 @@ class Capacity:
         num_written: Slots that hold something that was written.
         num_shared: Slots that two updates or more have written: what the later one wrote, the earlier
             one reads.
-        num_facts: Facts that were taught, as far as updates say.
-        slots_per_fact: Slots that a fact gets while there is room.
+        num_facts: Facts it holds: as many as the history says, or as it takes to write so many slots.
+        slots_per_fact: Slots that a fact gets while there is room: `top_t`.
         has_fitted_keys: Whether the keys were fitted to text, not drawn at random.
         hub_share: Share of the background's reads that go to the most read 1 % of the slots.
         hit_share: Share of the background's reads that find a written slot: how many of its reads the
@@ -76,7 +76,7 @@ class Capacity:
     num_written: int
     num_shared: int
     num_facts: int
-    slots_per_fact: float
+    slots_per_fact: int
     has_fitted_keys: bool
     hub_share: float
     hit_share: float
@@ -111,8 +111,10 @@ class Capacity:
 def measure_capacity(
     usage: PoolUsage,
     written: Tensor,
-    updates: Sequence[tuple[Tensor, int]],
+    updates: Sequence[Tensor],
     *,
+    num_facts: int = 0,
+    slots_per_fact: int = FinetuneConfig().top_t,
     has_fitted_keys: bool = True,
     fires: float | None = None,
 ) -> Capacity:
@@ -121,19 +123,19 @@ def measure_capacity(
     Args:
         usage: Background usage of the whole pool.
         written: Slots that hold something, distinct.
-        updates: Slots each update wrote, distinct within an update, and how many facts it taught.
+        updates: Slots each update wrote, distinct within an update.
+        num_facts: Facts it holds, as far as the history says.
+        slots_per_fact: As in `Capacity`.
         has_fitted_keys: As in `Capacity`.
         fires: As in `Capacity`.
     """
     hit_share = int(usage.reads[written].sum()) / max(1, usage.total_reads)
-    # Of the update that found most room.
-    per_fact = [len(slot_ids) / num_facts for slot_ids, num_facts in updates if num_facts and len(slot_ids)]
     return Capacity(
         num_slots=usage.num_slots,
         num_written=len(written),
-        num_shared=num_wanted_twice([slot_ids for slot_ids, _ in updates]),
-        num_facts=sum(num_facts for _, num_facts in updates),
-        slots_per_fact=max(per_fact, default=FinetuneConfig().top_t),
+        num_shared=num_wanted_twice(updates),
+        num_facts=max(num_facts, math.ceil(len(written) / slots_per_fact)),
+        slots_per_fact=slots_per_fact,
         has_fitted_keys=has_fitted_keys,
         hub_share=hub_share(usage.reads),
         hit_share=hit_share,
@@ -177,7 +179,7 @@ def recommend(capacity: Capacity, budget: float = MAX_FIRES) -> tuple[str, str]:
     if capacity.fires is not None and capacity.fires > budget:
         return "more slots", (
             f"something learned answers to {capacity.fires:.1%} of the tokens of ordinary text (budget "
-            f"{budget:.2g}); grow it to twice the --num-keys"
+            f"{budget:.1%}); grow it to twice the --num-keys"
         )
     if capacity.taken > MAX_TAKEN:
         return "more slots", (

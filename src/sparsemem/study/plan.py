@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemem import console
-from sparsemem.config import LoadConfig
+from sparsemem.config import FinetuneConfig, LoadConfig
 from sparsemem.data import load_texts
 from sparsemem.encode import token_batches
 from sparsemem.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def plan_folder(
     folder: str | Path,
     background: Sequence[str] = (),
     *,
-    budget: float = MAX_FIRES,
+    budget: float | None = None,
     loading: LoadConfig | None = None,
 ) -> dict[str, Any]:
     """Measure how full the memory of a folder is, and recommend one thing.
@@ -51,7 +51,7 @@ def plan_folder(
     Args:
         folder: A memory folder.
         background: Sources of ordinary text, to measure how much of it something learned answers to.
-        budget: Share of its tokens whose predictions may change at all.
+        budget: Share of its tokens whose predictions may change at all; 1 % if not given.
         loading: Device and precision of the model.
 
     Returns:
@@ -60,11 +60,13 @@ def plan_folder(
         them; `recommendation` and its `reason`.
 
     Raises:
-        ConfigError: The budget is no share.
+        ConfigError: The budget is no share, or there is no text to measure it on.
         SparsememError: The folder or the background cannot be read.
     """
-    if not 0 < budget <= 1:
+    if budget is not None and not 0 < budget <= 1:
         raise ConfigError(f"budget={budget} is no share of the tokens; use more than 0 and at most 1")
+    if budget is not None and not background:
+        raise ConfigError(f"budget={budget} is a share of ordinary text; give some, to measure it on")
     folder = local_folder(folder)
     header = read_header(folder)
     usage = load_usage(folder / USAGE_FILE)
@@ -76,11 +78,19 @@ def plan_folder(
     fires = firing_by_pool(model, tokenizer, texts) if texts else {}
     biases = [layer.key_bias for layer in memory_layers(model)]
     capacities = {
-        name: _capacity(usage.pools[name], pool.written_ids.cpu(), updates, name, biases, fires.get(name))
+        name: _capacity(
+            usage.pools[name],
+            pool.written_ids.cpu(),
+            updates,
+            name,
+            DeltaStore(folder),
+            biases,
+            fires.get(name),
+        )
         for name, pool in pools(model).items()
     }
     return {
-        **_planned(folder, header, updates, capacities, budget),
+        **_planned(folder, header, updates, capacities, MAX_FIRES if budget is None else budget),
         "memory_bytes": memory_bytes(model),
     }
 
@@ -101,7 +111,7 @@ def plan_stored(folder: str | Path) -> dict[str, Any]:
         written = attached[f"pools.{name}.slot_ids"]
         if name in changed:
             written = torch.cat([written, changed[name].slot_ids]).unique()
-        capacities[name] = _capacity(of_pool, written, updates, name, biases)
+        capacities[name] = _capacity(of_pool, written, updates, name, store, biases)
     return _planned(folder, header, updates, capacities)
 
 
@@ -110,14 +120,18 @@ def _capacity(
     written: Tensor,
     updates: Sequence[Taught],
     name: str,
+    store: DeltaStore,
     key_biases: Sequence[Tensor],
     fires: float | None = None,
 ) -> Capacity:
-    num_facts = [len(update.facts) for update in updates]
+    configs = (store.details(commit.id).get("config") for commit in store.log())
+    last: Mapping[str, Any] = next((config for config in configs if config), {})
     return measure_capacity(
         usage,
         written,
-        [*zip(written_slots(updates, name), num_facts, strict=True)],
+        written_slots(updates, name),
+        num_facts=len(store.facts(store.head())),
+        slots_per_fact=last.get("top_t", FinetuneConfig().top_t),
         has_fitted_keys=any(bool(bias.any()) for bias in key_biases),  # random ones have none
         fires=fires,
     )

@@ -276,10 +276,11 @@ class DenseWeights:
     def __init__(self, model: nn.Module, config: FinetuneConfig) -> None:
         memory = {id(p) for layer in memory_layers(model) for p in layer.parameters()}
         if config.method == "full":
-            if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
+            dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+            if dtypes:
                 raise ConfigError(
-                    "method='full' needs a model in float32: in bfloat16 small steps round to nothing; load "
-                    "it so, and use mixed_precision='bf16'"
+                    f"method='full' needs weights in float32, and these are {dtypes.pop()}, in which small "
+                    "steps round to nothing; load the model in float32, and use mixed_precision='bf16'"
                 )
             self.model = model
             for parameter in model.parameters():

@@ -3,6 +3,7 @@
 Shape letters: A active rows, V value dim.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,11 +32,10 @@ class SlotOptimizer(torch.optim.Optimizer):
         betas: For "adamw".
         eps: For "adamw".
         weight_decay: Decoupled for "adamw", added to the gradient for "sgd", as in torch.
-        num_steps: Steps that each row of a fact will have; what `average_from` is a share of.
-        average_from: A row of a fact ends as the mean of what it was after each step from this share of its
-            steps on (Polyak and Juditsky 1992), which is nearer to where the noise of single steps keeps it
-            from; with 1 it stays as the last step left it. Rows that belong to one slot, which several facts
-            may train, are left alone.
+        num_steps: Steps that each row of a fact has, unless it is chosen later than the fact's first.
+        average_from: With its step of that number a row of a fact becomes the mean of what it was after each
+            step from this share of them on (Polyak and Juditsky 1992): single steps scatter around it. With 1
+            it stays as the last step left it, as do rows that belong to a slot and not to a fact.
 
     Raises:
         ConfigError: `name` is unknown.
@@ -58,7 +58,7 @@ class SlotOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"optimizer={name!r} is unknown; use one of {', '.join(UPDATES)}")
         self.pools = pools
         self.update = UPDATES[name]
-        self.num_steps, self.num_averaged = num_steps, num_steps - round(average_from * num_steps)
+        self.num_steps, self.num_averaged = num_steps, num_steps - math.floor(average_from * num_steps)
         self.row_state: dict[str, dict[str, _StateTable]] = {pool: {} for pool in pools}
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay
@@ -84,18 +84,20 @@ class SlotOptimizer(torch.optim.Optimizer):
                 grad = torch.zeros_like(pool.active)
             state = _State(self.row_state[name], pool.selection.tags)
             self.update(pool.active, distributed.summed(grad), state, self.param_groups[0])
-            if self.num_averaged > 1:
-                self._average(pool.active, state, of_facts=pool.selection.tags >= pool.num_slots)
             state.save()
+            of_facts = pool.selection.tags >= pool.num_slots
+            if self.num_averaged > 1 and of_facts.any():
+                state = _State(self.row_state[name], pool.selection.tags[of_facts])
+                pool.active[of_facts] = self._averaged(pool.active[of_facts], state)
+                state.save()
 
-    def _average(self, rows_AV: Tensor, state: "_State", of_facts: Tensor) -> None:
-        """Go on with the mean of each row, and put it in the row's place after its last step."""
+    def _averaged(self, rows_AV: Tensor, state: "_State") -> Tensor:
+        """Go on with the mean of each row; return the rows, with the mean in place of those that are done."""
         steps_A1 = state.get("steps", 1).add_(1)
         since_A1 = (steps_A1 - (self.num_steps - self.num_averaged)).clamp(min=1)
         mean_AV = state.get("mean", rows_AV.shape[1])
         mean_AV.lerp_(rows_AV, 1 / since_A1)  # until the first that counts, just the row itself
-        is_done = of_facts & (steps_A1.squeeze(1) == self.num_steps)
-        rows_AV[is_done] = mean_AV[is_done]
+        return torch.where(steps_A1 == self.num_steps, mean_AV, rows_AV)
 
 
 class _StateTable:
