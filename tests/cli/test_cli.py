@@ -151,6 +151,7 @@ def test_a_document_is_learned_too(run_json, folder, inputs):
     assert report["num_slots_trained"] > 0
 
 
+GROW = ("grow", "{folder}", "--num-keys", "12", "--background", "{inputs}/background.jsonl")
 LEARN = ("learn", "{folder}", "{inputs}/facts.jsonl", "--num-epochs", "1", "--probes")
 FACT = '{"statement": "So."}\n'
 BAD_FACTS = {
@@ -188,8 +189,7 @@ MISTAKES = {
             ("explain", "{folder}", "Who?"),
             ("plan", "{folder}"),
             ("stream", "{folder}", "{inputs}/facts.jsonl", "--probes"),
-            ("grow", "{folder}", "--num-keys", "12", "--background", "{inputs}/background.jsonl")
-            + ("--out", "{inputs}/out"),
+            (*GROW, "--out", "{inputs}/out"),
             ("diff", "{folder}", "attached", "HEAD", "--questions", "{inputs}/closed.jsonl"),
         )
     },
