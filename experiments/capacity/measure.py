@@ -188,7 +188,7 @@ def plot(results: Sequence[dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    law, steps = fit(results), [10 * 1.2**number for number in range(30)]
+    law, steps = fit(results), [10 * 1.2**number for number in range(33)]
     for number, result in enumerate(results):
         config, color = result["config"], f"C{number}"
         label = f"{config['num_slots']:,} slots, {config['top_t']} a fact"
@@ -197,7 +197,7 @@ def plot(results: Sequence[dict[str, Any]]) -> None:
             face = "white" if is_held_back(config, at["num_facts"]) else color
             axes.plot(at["num_facts"], 100 * at["taken"], "o", color=color, markerfacecolor=face)
     axes.set(
-        xscale="log", xlabel="facts", ylabel="% of a new fact's slots taken", xlim=(9, 2500), ylim=(0, 100)
+        xscale="log", xlabel="facts", ylabel="% of a new fact's slots taken", xlim=(9, 3500), ylim=(0, 100)
     )
     axes.set_title("Lines: the law. Filled: fitted to. Hollow: held back.", fontsize=10)
     axes.legend(fontsize=8)

@@ -50,7 +50,7 @@ class CapacityLaw:
         return -math.log(1 - taken) * self.scale(num_slots, slots_per_fact)
 
 
-LAW = CapacityLaw(a=-0.208, b=0.851, c=-0.683)
+LAW = CapacityLaw(a=-0.184, b=0.851, c=-0.687)
 """Fitted by experiments/capacity to SmolLM2-135M with a memory at block 4; its README says how well."""
 
 
