@@ -74,8 +74,6 @@ class PretendGpu(TorchFunctionMode):
         places = {place(t) for t in tensors}
         if name in ("numpy", "__array__") and GPU in places:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        if name == "pin_memory" or name == "is_pinned":
-            return args[0] if name == "pin_memory" else False
         generator = kwargs.get("generator")
         found = func(*args, **kwargs)
         if name == "to" and len(args) > 1 and isinstance(args[1], Tensor):

@@ -28,11 +28,7 @@ class FusedRead(torch.autograd.Function):
         (num_tokens, num_reads), value_dim = weights_TK.shape, table_RV.shape[1]
         sums_TV = table_RV.new_empty(num_tokens, value_dim)
         grid = num_tokens, triton.cdiv(value_dim, VALUES)
-        if sums_TV.numel():
-            with _device_of(sums_TV):
-                _sum_rows[grid](
-                    weights_TK, table_RV, row_ids_TK, sums_TV, num_reads, value_dim, READS, VALUES
-                )
+        _launch(_sum_rows, grid, sums_TV, weights_TK, table_RV, row_ids_TK, num_reads, value_dim)
         return sums_TV
 
     @staticmethod
@@ -45,11 +41,7 @@ class FusedRead(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_weights = torch.zeros_like(weights_TK)
             grid = num_tokens, triton.cdiv(num_reads, READS)
-            if grad_weights.numel():
-                with _device_of(grad_TV):
-                    _dot_rows[grid](
-                        grad_TV, table_RV, row_ids_TK, grad_weights, num_reads, value_dim, READS, VALUES
-                    )
+            _launch(_dot_rows, grid, grad_weights, grad_TV, table_RV, row_ids_TK, num_reads, value_dim)
         if ctx.needs_input_grad[1]:
             # The same sum the other way round: a row gathers the gradients of the tokens that read it, always
             # in one order, so that a step repeats to the bit.
@@ -57,21 +49,19 @@ class FusedRead(torch.autograd.Function):
             ends = torch.searchsorted(ids_N, torch.arange(num_rows + 1, device=ids_N.device))
             grad_table = torch.zeros_like(table_RV)
             grid = num_rows, triton.cdiv(value_dim, VALUES)
-            if grad_table.numel():
-                with _device_of(grad_TV):
-                    _sum_tokens[grid](
-                        weights_TK, grad_TV, order_N, ends, grad_table, num_reads, value_dim, READS, VALUES
-                    )
+            _launch(_sum_tokens, grid, grad_table, weights_TK, grad_TV, order_N, ends, num_reads, value_dim)
         return grad_weights, grad_table, None
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Context in which kernels run where a tensor lies; by default they run on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def _launch(kernel: Any, grid: tuple[int, int], result: Tensor, *arguments: Any) -> None:
+    """Let a kernel fill its result, on the device where that lies and not on the current one."""
+    if result.numel():
+        with torch.cuda.device(result.device) if result.is_cuda else contextlib.nullcontext():
+            kernel[grid](result, *arguments, READS, VALUES)
 
 
 @triton.jit
-def _sum_rows(weights, table, row_ids, sums, num_reads, value_dim, READS: tl.constexpr, VALUES: tl.constexpr):
+def _sum_rows(sums, weights, table, row_ids, num_reads, value_dim, READS: tl.constexpr, VALUES: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     total = tl.zeros((VALUES,), dtype=tl.float32)
@@ -86,7 +76,7 @@ def _sum_rows(weights, table, row_ids, sums, num_reads, value_dim, READS: tl.con
 
 
 @triton.jit
-def _dot_rows(grads, table, row_ids, dots, num_reads, value_dim, READS: tl.constexpr, VALUES: tl.constexpr):
+def _dot_rows(dots, grads, table, row_ids, num_reads, value_dim, READS: tl.constexpr, VALUES: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     reads = tl.program_id(1) * READS + tl.arange(0, READS)
     rows = tl.load(row_ids + token * num_reads + reads, mask=reads < num_reads, other=-1)
@@ -102,7 +92,7 @@ def _dot_rows(grads, table, row_ids, dots, num_reads, value_dim, READS: tl.const
 
 @triton.jit
 def _sum_tokens(
-    weights, grads, order, ends, sums, num_reads, value_dim, READS: tl.constexpr, VALUES: tl.constexpr
+    sums, weights, grads, order, ends, num_reads, value_dim, READS: tl.constexpr, VALUES: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * VALUES + tl.arange(0, VALUES)

@@ -83,11 +83,10 @@ def grow_memory(
     if any(pool.base is not None for pool in pools(model).values()):
         raise ConfigError("a memory with a base table cannot grow: the table has no rows for new slots")
     documents = background_documents(texts, tokenizer)
+    on_cpu = background_states(model, tokenizer, documents, num_tokens, layers, on_step)
     seen = [
         dataclasses.replace(states, hidden=states.hidden.to(layer.keys.device))
-        for layer, states in zip(
-            layers, background_states(model, tokenizer, documents, num_tokens, layers, on_step), strict=True
-        )
+        for layer, states in zip(layers, on_cpu, strict=True)
     ]
     generator = torch.Generator().manual_seed(seed)
     kept = [

@@ -33,7 +33,7 @@ def tf_idf(reads_C: Tensor, usage: PoolUsage) -> Tensor:
     """
     _check(reads_C, usage)
     inverse_frequency_C = torch.log((usage.num_documents + 1) / (usage.document_frequency + 1))
-    return _share(reads_C) * inverse_frequency_C.to(reads_C.device)
+    return _share(reads_C) * inverse_frequency_C
 
 
 def tf(reads_C: Tensor, usage: PoolUsage) -> Tensor:
@@ -51,7 +51,7 @@ def kl(reads_C: Tensor, usage: PoolUsage) -> Tensor:
     """
     _check(reads_C, usage)
     batch_C = _share(reads_C)
-    background_C = (usage.reads + 1).to(reads_C.device) / (usage.total_reads + usage.num_slots)
+    background_C = (usage.reads + 1) / (usage.total_reads + usage.num_slots)
     return torch.where(reads_C > 0, batch_C * torch.log(batch_C / background_C), 0.0)
 
 
@@ -63,7 +63,7 @@ def random(reads_C: Tensor, usage: PoolUsage) -> Tensor:
     """
     _check(reads_C, usage)
     scores_C = 1 - torch.rand(len(reads_C), generator=torch.Generator().manual_seed(0))
-    return scores_C.to(reads_C.device).masked_fill(reads_C == 0, 0.0)
+    return scores_C.masked_fill(reads_C == 0, 0.0)
 
 
 RANKINGS: dict[str, Ranking] = {"tf_idf": tf_idf, "tf": tf, "kl": kl, "random": random}

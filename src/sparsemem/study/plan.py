@@ -25,7 +25,7 @@ from sparsemem.memory.checkpoint import (
 )
 from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.slots.capacity import MAX_FIRES, Capacity, measure_capacity, recommend
-from sparsemem.slots.usage import USAGE_FILE, PoolUsage, load_usage
+from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.store.state import difference
@@ -76,16 +76,14 @@ def plan_folder(
         model, tokenizer = load(folder, **(loading or LoadConfig()).options())
     usage.check(model)
     fires = firing_by_pool(model, tokenizer, texts) if texts else {}
-    biases = [layer.key_bias for layer in memory_layers(model)]
+    known = _of_all_pools(DeltaStore(folder), [layer.key_bias for layer in memory_layers(model)])
     capacities = {
-        name: _capacity(
+        name: measure_capacity(
             usage.pools[name],
             pool.written_ids.cpu(),
-            updates,
-            name,
-            DeltaStore(folder),
-            biases,
-            fires.get(name),
+            written_slots(updates, name),
+            fires=fires.get(name),
+            **known,
         )
         for name, pool in pools(model).items()
     }
@@ -106,35 +104,25 @@ def plan_stored(folder: str | Path) -> dict[str, Any]:
     # Not all that were ever written: what a revert took back holds nothing again.
     changed = difference(store.state(None), store.state(store.head())).changes
     biases = [tensor for name, tensor in attached.items() if name.endswith(".key_bias")]
+    known = _of_all_pools(store, biases)
     capacities = {}
     for name, of_pool in usage.pools.items():
         written = attached[f"pools.{name}.slot_ids"]
         if name in changed:
             written = torch.cat([written, changed[name].slot_ids]).unique()
-        capacities[name] = _capacity(of_pool, written, updates, name, store, biases)
+        capacities[name] = measure_capacity(of_pool, written, written_slots(updates, name), **known)
     return _planned(folder, header, updates, capacities)
 
 
-def _capacity(
-    usage: PoolUsage,
-    written: Tensor,
-    updates: Sequence[Taught],
-    name: str,
-    store: DeltaStore,
-    key_biases: Sequence[Tensor],
-    fires: float | None = None,
-) -> Capacity:
+def _of_all_pools(store: DeltaStore, key_biases: Sequence[Tensor]) -> dict[str, Any]:
+    """Arguments of `measure_capacity` that are the same for every pool of a folder."""
     configs = (store.details(commit.id).get("config") for commit in store.log())
     last: Mapping[str, Any] = next((config for config in configs if config), {})
-    return measure_capacity(
-        usage,
-        written,
-        written_slots(updates, name),
-        num_facts=len(store.facts(store.head())),
-        slots_per_fact=last.get("top_t", FinetuneConfig().top_t),
-        has_fitted_keys=any(bool(bias.any()) for bias in key_biases),  # random ones have none
-        fires=fires,
-    )
+    return {
+        "num_facts": len(store.facts(store.head())),
+        "slots_per_fact": last.get("top_t", FinetuneConfig().top_t),
+        "has_fitted_keys": any(bool(bias.any()) for bias in key_biases),  # random ones have none
+    }
 
 
 def _planned(

@@ -85,8 +85,7 @@ class SlotOptimizer(torch.optim.Optimizer):
             state = _State(self.row_state[name], pool.selection.tags)
             self.update(pool.active, distributed.summed(grad), state, self.param_groups[0])
             state.save()
-            of_facts = pool.selection.tags >= pool.num_slots
-            if self.num_averaged > 1 and of_facts.any():
+            if self.num_averaged > 1 and (of_facts := pool.selection.tags >= pool.num_slots).any():
                 state = _State(self.row_state[name], pool.selection.tags[of_facts])
                 pool.active[of_facts] = self._averaged(pool.active[of_facts], state)
                 state.save()
