@@ -228,6 +228,15 @@ def gsm8k(rows: Rows) -> Rows:
     ]
 
 
+def heldout_completions(facts: Rows) -> Rows:
+    """Ask facts in wordings that are not trained, for the likelihood of their answers."""
+    return [
+        {"prompt": qa_question(question), "completion": f" {fact['answer']}"}
+        for fact in facts
+        for question in fact["heldout_questions"]
+    ]
+
+
 def humaneval(rows: Rows) -> Rows:
     return [{"prompt": "", "completion": row["prompt"]} for row in rows]
 
@@ -331,14 +340,18 @@ OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
     "reversal_d2p_same": (partial(reversal_probe, given="description", asked="name"), D2P_TEST, D2P_TEST),
     "reversal_d2p_reversed": (partial(reversal_probe, given="name", asked="description"), D2P_TEST, P2D_TEST),
     "squad_questions": (squad_questions, SQUAD),
+    "ablations_heldout": (lambda facts: heldout_completions(facts[100:116]), FACTS),
     # To see what was forgotten.
     "nq_open": (as_is, NQ_OPEN),
     "nq_500": (partial(sample, num=500), NQ_OPEN),
+    "nq_200": (partial(sample, num=200), NQ_OPEN),
     "gsm8k_nll": (gsm8k, "gsm8k/gsm8k_test.jsonl"),
+    "gsm8k_50": (lambda rows: gsm8k(rows)[:50], "gsm8k/gsm8k_test.jsonl"),
     "humaneval": (humaneval, "code/HumanEval.jsonl"),
     "mmlu": (multiple_choice, "multiple_choice/mmlu_test2850.jsonl"),
     "medmcqa": (multiple_choice, "multiple_choice/medmcqa_validation.jsonl"),
     "wikitext": (wikitext, "wikitext2/wikitext-2_test.txt"),
+    "wikitext_20": (lambda lines: wikitext(lines)[:20], "wikitext2/wikitext-2_test.txt"),
     "heldout_wiki": (lambda rows: texts(sample(rows, 60, skip=2000)), WIKI),
     # To count background usage.
     "background": (

@@ -2,7 +2,7 @@
 
 `PretendGpu` refuses what CUDA refuses, as far as it is called from Python: operations on tensors of two
 devices, an index on the GPU into a tensor on the CPU, `numpy()` of a tensor on the GPU, a generator of
-another device. What becomes of a tensor inside of C++ (in a backward pass, say) is not seen, and fits
+another device. Tensors without data ("meta") stay that, since transformers asks where it loads to. What becomes of a tensor inside of C++ (in a backward pass, say) is not seen, and fits
 everywhere.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+GPU, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 
 INDEXED = {"__getitem__", "__setitem__", "index_put_", "index_put"}
 
@@ -125,19 +125,20 @@ def _without_devices(args: Any, kwargs: dict[str, Any]) -> tuple[torch.device | 
     wanted = None
     if kwargs.get("device") is not None:
         wanted = _normal(kwargs["device"])
-        kwargs["device"] = CPU
+        kwargs["device"] = META if wanted == META else CPU
     kept = []
     for number, value in enumerate(args):
         if isinstance(value, torch.device) or (
             number and isinstance(value, str) and value.split(":")[0] == "cuda"
         ):
-            wanted, value = _normal(value), CPU
+            wanted = _normal(value)
+            value = META if wanted == META else CPU
         kept.append(value)
     return wanted, tuple(kept), kwargs
 
 
 def _normal(device: Any) -> torch.device:
-    return GPU if torch.device(device).type == "cuda" else CPU
+    return {"cuda": GPU, "meta": META}.get(torch.device(device).type, CPU)
 
 
 def _check(name: str, args: Any, tensors: list[Tensor]) -> None:
