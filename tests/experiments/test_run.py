@@ -100,6 +100,22 @@ def test_runs_can_be_listed(run, experiment, performed, capsys):
     assert performed == []
 
 
+def test_a_folder_of_experiments_means_all_of_them(run, experiment, performed, tmp_path, capsys):
+    other = tmp_path / "second"
+    (other / "runs").mkdir(parents=True)
+    (other / "runs" / "osf.yaml").write_text("config: {method: osf}")
+    (tmp_path / "default.yaml").write_text(DEFAULT)
+    assert run.main([str(tmp_path), "--list", "--only", "/full|osf.*1"]) == 0
+    assert capsys.readouterr().out == "question/full.seed-7\nsecond/osf.seed-1\n"
+    assert run.main([str(tmp_path), "--only", "full|osf.*1", "--out", str(tmp_path / "out")]) == 0
+    assert run.main([str(tmp_path), "--only", "osf.*1"]) == 0
+    assert [call[:2] for call in performed] == [
+        (["full.seed-7"], tmp_path / "out" / "question"),
+        (["osf.seed-1"], tmp_path / "out" / "second"),
+        (["osf.seed-1"], other / "results"),
+    ]
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(run, experiment, performed, capsys):
     assert run.main([str(experiment), "--only", "lorra"]) == 2
     assert "--only 'lorra' matches no run; there are full.seed-7, lora." in capsys.readouterr().err

@@ -2,8 +2,8 @@
 
 `PretendGpu` refuses what CUDA refuses, as far as it is called from Python: operations on tensors of two
 devices, an index on the GPU into a tensor on the CPU, `numpy()` of a tensor on the GPU, a generator of
-another device. Tensors without data ("meta") stay that, since transformers asks where it loads to. What becomes of a tensor inside of C++ (in a backward pass, say) is not seen, and fits
-everywhere.
+another device. Tensors without data ("meta") stay what they are, as transformers asks where it loads to.
+What becomes of a tensor inside of C++ (in a backward pass, say) is not seen, and fits everywhere.
 """
 
 from typing import Any
