@@ -25,7 +25,7 @@ MEMORY_ORDER = (
     {"pool"},
     {"layer", "delta"},
     {"attach"},
-    {"fit_keys", "checkpoint"},
+    {"fit_keys", "checkpoint", "shard"},
     {"grow"},
 )
 

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from sparsemem import distributed
 from sparsemem.cli import app, learn
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
-from sparsemem.errors import DataError, ProcessError
+from sparsemem.errors import ConfigError, DataError, ProcessError
+from sparsemem.evaluation.evaluate import recall
 from sparsemem.files import write_jsonl
 from sparsemem.memory.attach import attach_memory
 from sparsemem.memory.checkpoint import save
+from sparsemem.memory.shard import shard
 from sparsemem.slots.usage import USAGE_FILE, count_usage, save_usage
 from sparsemem.store.history import DeltaStore
 from sparsemem.training.finetune import finetune
@@ -39,6 +42,12 @@ RUNS = {
     "reads move": ({"layers": (0, 2), "shared_pool": True}, {"optimizer": "sgd", "stream": True}),
     "full": ({"layers": (1,)}, {"method": "full", "penalty": "ewc", **DENSE_RATE}),
     "lora": ({"layers": (1,)}, {"method": "lora", "peft": {"r": 2}, **DENSE_RATE}),
+    "spread": ({"layers": (1,)}, {"num_own_paraphrases": 1}),
+    "spread, nothing for one": (
+        {"layers": (1,)},
+        {"facts_per_batch": 1, "wordings_per_step": 1, "held_per_step": 0, "prefix_cache_bytes": 0},
+    ),
+    "spread, reads move": ({"layers": (0, 2), "shared_pool": True}, {"gradient_accumulation_steps": 2}),
 }
 FACTS = [
     Fact(question="Who owns Zed?", answer="Ana", subject="Zed", paraphrases=("Zed belongs to Ana.",)),
@@ -52,9 +61,11 @@ def run(name, models, tokenizer, texts):
     """Train a copy of a model; returns what is to be the same in every process, and what was exchanged."""
     place, options = RUNS[name]
     model, usage = copy.deepcopy(models[tuple(place.items())])
+    if name.startswith("spread") and distributed.world_size() > 1:
+        shard(model)
     distributed.TRAFFIC.clear()
     config = dataclasses.replace(CONFIG, **options)
-    evaluate = lambda _model: os.getpid()
+    evaluate = lambda model: (os.getpid(), recall(model, tokenizer, FACTS, "qa", 4).answers)
     result = finetune(model, tokenizer, FACTS, usage, config, background=texts, evaluate=evaluate)
     found = {"losses": torch.tensor(result.losses), "evaluations": result.evaluations}
     found |= {"traffic": dict(distributed.TRAFFIC), "num_trained": result.num_trained}
@@ -73,6 +84,22 @@ def arrive(mark):
     return num_before
 
 
+def refused(models, tokenizer):
+    """What is said of baselines and guards for a model that is spread, and how much of it is here."""
+    model, usage = copy.deepcopy(models[("layers", (1,)),])
+    num_before = sum(parameter.numel() for parameter in model.parameters())
+    shard(model)
+    messages = []
+    for options in ({"method": "full"}, {"penalty": "kl"}, {"replay_fraction": 0.5}):
+        config = dataclasses.replace(CONFIG, **options)
+        try:
+            finetune(model, tokenizer, FACTS, usage, config, background=["a b c"])
+        except ConfigError as error:
+            messages.append(str(error))
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return messages, sum(parameter.numel() for parameter in local) / num_before
+
+
 def work(args):
     """All that is done by two processes; at the end one of them fails, and the other waits for it."""
     folder, rank = args.inputs, distributed.rank()
@@ -85,7 +112,10 @@ def work(args):
     found["runs"] = {name: run(name, models, tokenizer, texts) for name in RUNS}
     model, _ = next(iter(models.values()))
     found["usage"] = count_usage(model, tokenizer, texts, **USAGE_OPTIONS)
+    found["refused"] = refused(models, tokenizer)
     torch.save(found, folder / f"{rank}.pt")
+    learn.learn(args)
+    args.fsdp = True
     learn.learn(args)
     if rank == 1:
         raise DataError("found by one process")
@@ -154,10 +184,11 @@ def printed(inputs, rank, stream):
 
 
 def test_the_main_process_talks_and_commits_and_the_one_that_failed_says_why(together, launched, inputs):
-    report = json.loads(printed(inputs, 0, "stdout"))
+    first, second = printed(inputs, 0, "stdout").split("}\n{")
+    reports = [json.loads(first + "}"), json.loads("{" + second)]
     assert printed(inputs, 1, "stdout") == ""
-    (commit,) = DeltaStore(inputs / "memory").log()
-    assert (report["update"], report["commit"]) == (1, commit.id)
+    last_first = [(report["update"], report["commit"]) for report in reversed(reports)]
+    assert last_first == [(2 - n, commit.id) for n, commit in enumerate(DeltaStore(inputs / "memory").log())]
     assert "measure after" in printed(inputs, 0, "stderr")
     assert "error" not in printed(inputs, 0, "stderr")
     assert printed(inputs, 1, "stderr") == "error: found by one process\n"
@@ -175,6 +206,9 @@ def test_two_processes_train_the_same_slots_to_the_same_rows(together, models, t
     for key, rows in alone["rows"].items():
         assert torch.equal(first["rows"][key], second["rows"][key])
         torch.testing.assert_close(first["rows"][key], rows, rtol=0, atol=TOLERANCE)
+    assert [found for _, (_, found) in first["evaluations"]] == [
+        found for _, (_, found) in alone["evaluations"]
+    ]
     assert alone["traffic"] == {}
 
 
@@ -209,9 +243,26 @@ def test_exchanges(together):
     for found in together:
         assert torch.equal(found["gathered"], torch.arange(3.0).view(3, 1))
         assert torch.equal(found["copied"], torch.ones(2))
-        assert {pid for _, pid in found["runs"]["tied"]["evaluations"]} == {together[0]["pid"]}
+        assert {pid for _, (pid, _) in found["runs"]["tied"]["evaluations"]} == {together[0]["pid"]}
     assert together[0]["pid"] != together[1]["pid"]
     assert [found["order"] for found in together] == [0, 1]
+
+
+def test_a_model_that_is_spread_lies_in_halves_and_learns_by_its_memory_only(together):
+    for found in together:
+        messages, part = found["refused"]
+        assert 0.5 < part < 0.6  # the memory is whole in each
+        for message, cause in zip(
+            messages, ("method='full'", "penalty='kl'", "replay_fraction=0.5"), strict=True
+        ):
+            assert "spread over processes" in message
+            assert cause in message
+
+
+def test_one_process_cannot_be_spread_over(models):
+    model, _ = next(iter(models.values()))
+    with pytest.raises(ConfigError, match="this is one; start them with torchrun"):
+        shard(copy.deepcopy(model))
 
 
 def test_one_process_has_all_and_exchanges_nothing():

@@ -9,15 +9,15 @@ import contextlib
 import datetime
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from sparsemem.errors import ProcessError, SparsememError
+from sparsemem.errors import ConfigError, ProcessError, SparsememError
 
 T = TypeVar("T")
 
@@ -125,11 +125,16 @@ def gathered(tensor: Tensor) -> Tensor:
     return torch.cat(found).to(tensor.device)
 
 
-def from_main(run: Callable[[], T]) -> T:
-    """Run something in the main process while the others wait; all get what it returned."""
+def from_main(run: Callable[[], T], model: nn.Module | None = None) -> T:
+    """Run something in the main process while the others wait; all get what it returned.
+
+    Args:
+        run: What to run.
+        model: The model it runs, if any. All processes run one that is spread over them.
+    """
     if world_size() == 1:
         return run()
-    box = [run() if is_main() else None]
+    box = [run() if is_main() or is_spread(model) else None]
     with _others_running():
         dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
@@ -151,6 +156,68 @@ def copy_from_main(tensors: Sequence[Tensor]) -> None:
         with _others_running():
             dist.broadcast(sent, src=0)
         tensor.detach().copy_(sent)
+
+
+def spread(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    whole: Collection[nn.Parameter],
+    device: torch.device,
+) -> None:
+    """Spread the weights of a model over the processes, frozen (FSDP2).
+
+    Each process keeps a part of every weight, and has those of a block together only while it runs.
+
+    Args:
+        model: The model, on the CPU.
+        blocks: Modules in it that run one after another.
+        whole: Parameters that every process keeps.
+        device: Where the parts are put.
+
+    Raises:
+        ConfigError: There is one process.
+    """
+    if world_size() == 1:
+        raise ConfigError(
+            "a model is spread over several processes, and this is one; start them with torchrun or "
+            "accelerate launch"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kept = {*whole}
+    for parameter in {*model.parameters()} - kept:
+        parameter.requires_grad_(False)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, ignored_params=kept)
+
+
+def is_spread(model: nn.Module | None) -> bool:
+    """Whether the weights of a model are spread over processes, all of which then have to run it at once."""
+    if model is None or world_size() == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def in_step(model: nn.Module, parts: Sequence[T], spare: Callable[[], T]) -> Iterator[tuple[T, bool]]:
+    """Yield what this process runs of a model; of one that is spread, as much in every process.
+
+    Args:
+        model: What is run.
+        parts: One forward pass each.
+        spare: Makes one that a process runs for the others' sake when it has no more of its own.
+
+    Yields:
+        A part, and whether it counts: the spare one does not.
+    """
+    num_parts = [len(parts)]
+    if is_spread(model):
+        num_parts = gathered(torch.tensor(num_parts)).tolist()
+    yield from ((part, True) for part in parts)
+    yield from ((spare(), False) for _ in range(max(num_parts) - len(parts)))
 
 
 def _wire(tensor: Tensor) -> torch.device:

@@ -35,6 +35,11 @@ def add_learn(commands: Any) -> None:
         action="store_true",
         help="teach facts that contradict some taught before, in their place",
     )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="spread the base model over the processes of torchrun or accelerate launch (FSDP2)",
+    )
     parser.add_argument("--out", metavar="DIR", help="save the model or adapter of a baseline method")
     add_training(parser)
 
@@ -71,6 +76,7 @@ def learn(args: argparse.Namespace) -> None:
         hash_facts=args.hash_facts,
         replace=args.replace,
         loading=config_from(args, LoadConfig),
+        fsdp=args.fsdp,
     )
     if args.json:
         console.emit_json(report)

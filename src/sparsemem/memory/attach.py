@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparsemem import distributed
 from sparsemem.config import MemoryConfig
 from sparsemem.errors import ConfigError, LayerNotFoundError, NotAttachedError, UnknownArchitectureError
 from sparsemem.memory.layer import BeforeRead, MemoryLayer, Reads, init_memory
@@ -158,13 +159,14 @@ def observe_reads(model: nn.Module, hook: BeforeRead, **inputs: Tensor) -> None:
     """Run a forward pass that ends at the highest memory layer, calling `hook` in each one.
 
     For counting and fitting, where nothing above the memory matters: with the memory at block 4 of
-    30 this is a sixth of the work.
+    30 this is a sixth of the work. A model that is spread over processes runs to its end, which is
+    where it lets go of the weights it gathered.
     """
     last = max(memory_layers(model), key=lambda layer: layer.block_index)
 
     def hook_then_stop(layer: MemoryLayer, reads: Reads) -> None:
         hook(layer, reads)
-        if layer is last:
+        if layer is last and not distributed.is_spread(model):
             raise SeenEnough
 
     with before_read(model, hook_then_stop), contextlib.suppress(SeenEnough):

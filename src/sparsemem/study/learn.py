@@ -36,6 +36,7 @@ def learn(
     hash_facts: bool = False,
     replace: bool = False,
     loading: LoadConfig | None = None,
+    fsdp: bool = False,
 ) -> dict[str, Any]:
     """Teach the model of a folder some facts, and measure what it learned and what it forgot.
 
@@ -53,6 +54,7 @@ def learn(
         hash_facts: Keep only hashes of the facts in the history, not their text.
         replace: Teach facts that contradict some taught before; these count as taken back.
         loading: Device and precision of the model.
+        fsdp: Spread the base model over the processes that torchrun or `accelerate launch` started.
 
     Returns:
         The report, as plain JSON values; of method="memory" also `update`, its number, and `commit`.
@@ -67,7 +69,7 @@ def learn(
         raise DataError("there are no facts; give at least one")
     probe_list = resolve_probes(probes)
     texts = [text for source in background for text in load_texts(source)]
-    session = Session(folder, loading)
+    session = Session(folder, loading, fsdp=fsdp)
     known = session.store.facts(session.head) if config.method == "memory" else []
     replaced = check_contradictions(fact_list, known, replace=replace)
     attempt = session.attempt(fact_list, probe_list, config, background=texts, prompt=prompt)

@@ -100,5 +100,6 @@ def measure(
                 probes,
                 prompt=prompt,
                 on_part=lambda name: step(next(done), total, name),
-            )
+            ),
+            model,
         )

@@ -14,6 +14,7 @@ from sparsemem.evaluation.metrics import mean_or_none
 from sparsemem.evaluation.probes import Probe, ProbeScore
 from sparsemem.memory.attach import pools
 from sparsemem.memory.delta import SparseDelta
+from sparsemem.memory.shard import shard
 from sparsemem.prompts import PromptFormat
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.store.commits import Commit, fact_rows
@@ -57,21 +58,26 @@ class Session:
     Args:
         folder: A memory folder.
         loading: Device and precision of the model.
+        fsdp: Spread the base model over the processes that a launcher started.
 
     Raises:
-        SparsememError: The folder holds no memory, or one that is damaged.
+        SparsememError: The folder holds no memory, or one that is damaged; or there is one process to
+            spread the model over.
     """
 
-    def __init__(self, folder: str | Path, loading: LoadConfig | None = None) -> None:
+    def __init__(self, folder: str | Path, loading: LoadConfig | None = None, *, fsdp: bool = False) -> None:
         self.folder = Path(folder)
         self.store = DeltaStore(self.folder)
         self.usage = load_usage(self.folder / USAGE_FILE)
         with console.progress(f"load {self.folder}"):
             self.head = distributed.from_main(self.store.head)
-            options = (loading or LoadConfig()).options()
+            loading = loading or LoadConfig()
+            options = loading.options() | ({"device": "cpu"} if fsdp else {})
             self.model, self.tokenizer = distributed.main_first(lambda: load(self.folder, **options))
             self.usage.check(self.model)
             self.num_base = num_base_values(self.model)
+            if fsdp:
+                shard(self.model, loading.device)
         self._probes_now: dict[str, ProbeScore] = {}
 
     def attempt(
@@ -157,6 +163,8 @@ class Session:
 
     def _ask_again(self, facts: Sequence[Fact], prompt: PromptFormat) -> tuple[float | None, ...]:
         with console.progress(f"ask {len(facts)} earlier facts"):
-            scores = distributed.from_main(lambda: recall(self.model, self.tokenizer, facts, prompt))
+            scores = distributed.from_main(
+                lambda: recall(self.model, self.tokenizer, facts, prompt), self.model
+            )
         seen = iter(scores.seen_scores)
         return tuple(next(seen) if fact.question else None for fact in facts)

@@ -70,26 +70,27 @@ def finetune(
         config: Options.
         background: Ordinary text for `penalty` and `replay_fraction`.
         evaluate: Called with the model after each epoch; of a stream, after each batch of facts. Of
-            several processes the main one calls it, and hands what it returns to the others.
+            several processes the main one calls it (all, if the model is spread over them), and hands
+            what it returns to the others.
         on_step: Called with (step, number of steps, mean loss) after each optimizer step.
 
     Returns:
         The delta, and how it went.
 
     Raises:
-        ConfigError: The scheduler is unknown, or there is no background for a penalty or replay.
+        ConfigError: The scheduler is unknown, there is no background for a penalty or replay, or they
+            are asked of a model that is spread over processes.
         DataError: No fact has anything to learn.
         PoolMismatchError: Usage is missing or was counted on another pool.
         TrainingDivergedError: A loss is not finite; a memory is put back to what it was.
     """
     config = config or FinetuneConfig()
-    _check_scheduler(config.lr_scheduler)
-    check_guards(background, config)
+    _check(model, background, config)
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
     if config.num_own_paraphrases:
         num_own, given = config.num_own_paraphrases, facts
-        facts = distributed.from_main(lambda: with_own_paraphrases(model, tokenizer, given, num_own))
+        facts = distributed.from_main(lambda: with_own_paraphrases(model, tokenizer, given, num_own), model)
     by_fact = build_examples(facts, tokenizer, usage, config, rng)
     method = _method(model, usage, config)
     num_steps = math.ceil(len(by_fact) / config.facts_per_batch) * config.num_epochs
@@ -116,7 +117,8 @@ def finetune(
                     on_step(len(losses), num_steps, losses[-1])
             seconds += time.perf_counter() - started
             if evaluate:
-                evaluations.append((number, distributed.from_main(lambda: evaluate(method.model))))
+                found = distributed.from_main(lambda: evaluate(method.model), method.model)
+                evaluations.append((number, found))
         delta = method.finish()
     except BaseException:
         method.abort()
@@ -216,9 +218,16 @@ def _rounds(by_fact: list[list[Example]], config: FinetuneConfig) -> Iterator[li
         ]
 
 
-def _check_scheduler(name: str) -> None:
-    if name not in (known := [kind.value for kind in SchedulerType]):
+def _check(model: nn.Module, background: Sequence[str], config: FinetuneConfig) -> None:
+    if (name := config.lr_scheduler) not in (known := [kind.value for kind in SchedulerType]):
         raise ConfigError(f"lr_scheduler={name!r} is unknown; use one of {', '.join(known)}")
+    check_guards(background, config)
+    if distributed.is_spread(model) and (config.method != "memory" or config.is_guarded):
+        raise ConfigError(
+            f"a model spread over processes (fsdp) does not learn with method={config.method!r}, "
+            f"penalty={config.penalty!r} and replay_fraction={config.replay_fraction}; use method='memory', "
+            "without replay and penalties on background text"
+        )
 
 
 def _schedule(name: str, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsemem import distributed
 from sparsemem.likelihood import IGNORE, before_labels, log_probs_at, next_tokens
-from sparsemem.training.examples import Batch, Example, by_length, collate_passes
+from sparsemem.training.examples import Batch, Example, by_length, collate, collate_passes
 
 POSITIONS_KEPT = 32
 """Positions of an example whose predictions are remembered; drawn, where a wording has more."""
@@ -72,17 +73,19 @@ class FactLoss:
         self._positions = {e: places for e, places in self._positions.items() if e in asked}
         self._positions |= {example: self._sample(_free(example), POSITIONS_KEPT) for example in new}
         self._before = {e: before for e, before in self._before.items() if e in asked}
-        self._predict(model, [e for e in new if own is None or e in own], forward)
+        self._predict(model, new, [e for e in new if own is None or e in own], forward)
 
     def _predict(
         self,
         model: Any,
         new: Sequence[Example],
+        own: Sequence[Example],
         forward: Callable[[Batch], contextlib.AbstractContextManager[Batch]],
     ) -> None:
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
-        for batch in collate_passes(new, device):
+        passes = collate_passes(own, device)
+        for batch, _ in distributed.in_step(model, passes, lambda: collate(new[:1], device)):
             positions = [self._positions[example] for example in batch.examples]
             with forward(batch) as run:
                 marked = _marked(run, positions)

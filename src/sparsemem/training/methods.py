@@ -18,7 +18,7 @@ from sparsemem.memory.pool import NOTHING, Pool
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Batch, Example, FactBatch, collate_parts, own_share, whole
+from sparsemem.training.examples import Batch, Example, FactBatch, collate, collate_parts, own_share, whole
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import PrefixCache
 
@@ -184,10 +184,12 @@ class SparseMemory:
         anchored = _facts_with_subject(batch)
         countable: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.pools}
         device = next(self.model.parameters()).device
-        for part in collate_parts(itertools.chain(*map(own_share, batch)), 1, device):
+        parts = collate_parts(itertools.chain(*map(own_share, batch)), 1, device)
+        for part, counts in distributed.in_step(self.model, parts, lambda: collate([batch[0][0]], device)):
 
-            def collect(layer: MemoryLayer, reads: Reads, part: Batch = part) -> None:
-                countable[layer.pool_name].append(self._countable(part, reads, anchored))
+            def collect(layer: MemoryLayer, reads: Reads, part: Batch = part, counts: bool = counts) -> None:
+                if counts:
+                    countable[layer.pool_name].append(self._countable(part, reads, anchored))
 
             with self.cache.reuse(part):
                 observe_reads(

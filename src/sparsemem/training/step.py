@@ -9,7 +9,15 @@ from typing import Any
 
 from sparsemem import distributed
 from sparsemem.config import FinetuneConfig
-from sparsemem.training.examples import Batch, Example, FactBatch, by_length, collate_parts, own_share
+from sparsemem.training.examples import (
+    Batch,
+    Example,
+    FactBatch,
+    by_length,
+    collate,
+    collate_parts,
+    own_share,
+)
 from sparsemem.training.loss import FactLoss
 from sparsemem.training.methods import DenseWeights, SparseMemory
 from sparsemem.training.penalties import build_guards
@@ -66,16 +74,17 @@ class GradientStep:
         parts = collate_parts([e for e, _ in own], num_parts, self.device, self.method.num_run)
         positions = iter(places for _, places in own)
         total = total_drift = 0.0
+        model = self.method.model
         with self.method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
-            for part in parts:
-                compared = [*itertools.islice(positions, len(part.examples))]
+            for part, counts in distributed.in_step(model, parts, lambda: collate(drawn[:1], self.device)):
+                compared = [*itertools.islice(positions, len(part.examples))] if counts else [[]]
                 with self.method.part(part) as run, self.precision.step():
                     with self.precision.forward(run.num_tokens):
-                        nll, drift = self.loss.of_part(self.method.model, run, compared)
+                        nll, drift = self.loss.of_part(model, run, compared)
                     fact_loss = nll / num_labels
-                    (self.guards.fact_weight * fact_loss + drift / num_compared).backward()
-                total += fact_loss.item()
-                total_drift += drift.item()
+                    (counts * (self.guards.fact_weight * fact_loss + drift / num_compared)).backward()
+                total += counts * fact_loss.item()
+                total_drift += counts * drift.item()
         held = total_drift + self.guards.add_gradients(len(drawn))
         total, held = distributed.summed_numbers(total, held)
         return total if math.isfinite(held) else held
