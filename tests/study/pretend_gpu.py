@@ -6,12 +6,12 @@ another device. Tensors without data ("meta") stay what they are, as transformer
 What becomes of a tensor inside of C++ (in a backward pass, say) is not seen, and fits everywhere.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 GPU, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 
@@ -25,13 +25,20 @@ def place(tensor: Tensor) -> torch.device | None:
 
 def said_to_lie(found: Any, device: torch.device | None) -> Any:
     """Say so of all tensors in what a function returned."""
+    for tensor in tensors_in(found):
+        tensor.__dict__["pretended"] = device
+    return found
 
-    def mark(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value.__dict__["pretended"] = device
-        return value
 
-    return tree_map(mark, found)
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results; much quicker than torch's pytrees."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in([*value.values()])
 
 
 class PretendGpu(TorchFunctionMode):
@@ -70,7 +77,7 @@ class PretendGpu(TorchFunctionMode):
         if name in ("__get__", "__set__"):
             return self._property(func, owner, args)
         wanted, args, kwargs = _without_devices(args, kwargs)
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        tensors = [*tensors_in((args, kwargs))]
         places = {place(t) for t in tensors}
         if name in ("numpy", "__array__") and GPU in places:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -143,7 +150,7 @@ def _normal(device: Any) -> torch.device:
 
 def _check(name: str, args: Any, tensors: list[Tensor]) -> None:
     if name in INDEXED:
-        target, indices = args[0], [t for t in tree_flatten(args[1])[0] if isinstance(t, Tensor)]
+        target, indices = args[0], [*tensors_in(args[1])]
         if place(target) == CPU and any(place(t) == GPU and t.dim() for t in indices):
             raise RuntimeError(f"{name}: indices should be either on cpu or on the same device as the tensor")
         values = [t for t in args[2:] if isinstance(t, Tensor) and t.dim()]

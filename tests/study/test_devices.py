@@ -53,10 +53,14 @@ def gpu():
     ],
     ids=["memory", "paper", "parts", "guarded", "full", "lora"],
 )
-def test_learning(gpu, folder, facts, config, background, options):
+def test_learning(gpu, folder, facts, config, background, tmp_path, options):
+    (tmp_path / "asked.jsonl").write_text('{"question": "Who wrote it?", "answers": ["Eva"]}\n')
+    probes = [f"asked={tmp_path / 'asked.jsonl'}", f"text={background}"]
     with gpu:
         config = dataclasses.replace(config, **options)
-        report = learn(folder, facts, config=config, background=[str(background)], loading=ON_GPU)
+        report = learn(
+            folder, facts, probes=probes, config=config, background=[str(background)], loading=ON_GPU
+        )
     assert report["num_trained"] > 0
 
 
