@@ -52,12 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    group = HERE / args.name
     known = {
         (folder, name): spec
-        for folder in experiments(HERE / args.name)
+        for folder in experiments(group)
         for name, spec in load_specs(folder, args.data_dir).items()
     }
-    group = HERE / args.name
     titles = {key: (key[0].relative_to(group) / key[1]).as_posix() for key in known}
     chosen = {key: spec for key, spec in known.items() if re.search(args.only, titles[key])}
     if not chosen:

@@ -21,9 +21,11 @@ from sparsemem.evaluation.evaluate import recall
 from sparsemem.files import write_jsonl
 from sparsemem.memory.attach import attach_memory
 from sparsemem.memory.checkpoint import save
-from sparsemem.memory.shard import shard
+from sparsemem.memory.fit_keys import fit_keys
+from sparsemem.memory.shard import place_of_part, shard
 from sparsemem.slots.usage import USAGE_FILE, count_usage, save_usage
 from sparsemem.store.history import DeltaStore
+from sparsemem.study import session
 from sparsemem.training.finetune import finetune
 
 # No prompt formats: their five examples are four fifths of the time and change nothing here.
@@ -48,6 +50,7 @@ RUNS = {
         {"facts_per_batch": 1, "wordings_per_step": 1, "held_per_step": 0, "prefix_cache_bytes": 0},
     ),
     "spread, reads move": ({"layers": (0, 2), "shared_pool": True}, {"gradient_accumulation_steps": 2}),
+    "spread, in its place": ({"layers": (1,), "placement": "replace"}, {"facts_per_batch": 3}),
 }
 FACTS = [
     Fact(question="Who owns Zed?", answer="Ana", subject="Zed", paraphrases=("Zed belongs to Ana.",)),
@@ -84,20 +87,32 @@ def arrive(mark):
     return num_before
 
 
-def refused(models, tokenizer):
-    """What is said of baselines and guards for a model that is spread, and how much of it is here."""
+REFUSED = {"method": "full", "penalty": "kl", "replay_fraction": 0.5, "mixed_precision": "bf16"}
+
+
+def spread_in_bfloat16(models, tokenizer, texts):
+    """What is refused for a model that is spread, how much of it is here, and whether it learns."""
     model, usage = copy.deepcopy(models[("layers", (1,)),])
+    model.bfloat16()
     num_before = sum(parameter.numel() for parameter in model.parameters())
     shard(model)
+    tries = [
+        lambda: count_usage(model, tokenizer, texts, **USAGE_OPTIONS),
+        lambda: fit_keys(model, tokenizer, texts),
+        lambda: save(model, "nowhere"),
+    ]
+    for name, value in REFUSED.items():
+        config = dataclasses.replace(CONFIG, **{name: value})
+        tries.append(lambda c=config: finetune(model, tokenizer, FACTS, usage, c, background=["a b c"]))
     messages = []
-    for options in ({"method": "full"}, {"penalty": "kl"}, {"replay_fraction": 0.5}):
-        config = dataclasses.replace(CONFIG, **options)
+    for attempt in tries:
         try:
-            finetune(model, tokenizer, FACTS, usage, config, background=["a b c"])
+            attempt()
         except ConfigError as error:
             messages.append(str(error))
+    losses = finetune(model, tokenizer, FACTS, usage, CONFIG).losses
     local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    return messages, sum(parameter.numel() for parameter in local) / num_before
+    return messages, sum(parameter.numel() for parameter in local) / num_before, losses
 
 
 def work(args):
@@ -112,11 +127,13 @@ def work(args):
     found["runs"] = {name: run(name, models, tokenizer, texts) for name in RUNS}
     model, _ = next(iter(models.values()))
     found["usage"] = count_usage(model, tokenizer, texts, **USAGE_OPTIONS)
-    found["refused"] = refused(models, tokenizer)
-    torch.save(found, folder / f"{rank}.pt")
+    found["bfloat16"] = spread_in_bfloat16(models, tokenizer, texts)
     learn.learn(args)
+    spread = found["spread"] = []
+    session.shard = lambda model, device: spread.append(shard(model, device))
     args.fsdp = True
     learn.learn(args)
+    torch.save(found, folder / f"{rank}.pt")
     if rank == 1:
         raise DataError("found by one process")
     distributed.summed(torch.ones(1))
@@ -140,7 +157,10 @@ def models(tiny_tokenizer, make_tiny_model, texts):
     made = {}
     for place, _ in RUNS.values():
         config = MemoryConfig(**place, num_keys=8, num_heads=2, top_k=4, query_dim=4)
-        model = attach_memory(make_tiny_model(), config)
+        model = make_tiny_model()
+        if config.placement == "replace":
+            model.lm_head.weight = model.model.embed_tokens.weight
+        attach_memory(model, config)
         made[tuple(place.items())] = model, count_usage(model, tiny_tokenizer, texts, **USAGE_OPTIONS)
     return made
 
@@ -184,8 +204,9 @@ def printed(inputs, rank, stream):
 
 
 def test_the_main_process_talks_and_commits_and_the_one_that_failed_says_why(together, launched, inputs):
-    first, second = printed(inputs, 0, "stdout").split("}\n{")
-    reports = [json.loads(first + "}"), json.loads("{" + second)]
+    text = printed(inputs, 0, "stdout")
+    first, end = json.JSONDecoder().raw_decode(text)
+    reports = [first, json.loads(text[end:])]
     assert printed(inputs, 1, "stdout") == ""
     last_first = [(report["update"], report["commit"]) for report in reversed(reports)]
     assert last_first == [(2 - n, commit.id) for n, commit in enumerate(DeltaStore(inputs / "memory").log())]
@@ -248,21 +269,35 @@ def test_exchanges(together):
     assert [found["order"] for found in together] == [0, 1]
 
 
-def test_a_model_that_is_spread_lies_in_halves_and_learns_by_its_memory_only(together):
+def test_a_model_that_is_spread_lies_in_halves_and_does_nothing_but_learn(together):
+    causes = ["counting usage", "fitting keys", "saving", *(f"{n}={v!r}" for n, v in REFUSED.items())]
     for found in together:
-        messages, part = found["refused"]
+        messages, part, losses = found["bfloat16"]
         assert 0.5 < part < 0.6  # the memory is whole in each
-        for message, cause in zip(
-            messages, ("method='full'", "penalty='kl'", "replay_fraction=0.5"), strict=True
-        ):
-            assert "spread over processes" in message
-            assert cause in message
+        assert all("spread over processes" in message for message in messages)
+        assert [message.split(" is ")[0].split(" needs ")[0] for message in messages] == causes
+        assert losses == together[0]["bfloat16"][2]
+        assert all(0 < loss < 20 for loss in losses)
+        assert found["spread"] == [None]
 
 
-def test_one_process_cannot_be_spread_over(models):
+def test_one_process_cannot_be_spread_over(models, inputs, capsys):
     model, _ = next(iter(models.values()))
     with pytest.raises(ConfigError, match="this is one; start them with torchrun"):
         shard(copy.deepcopy(model))
+    assert app.main(["learn", str(inputs / "memory"), str(inputs / "facts.jsonl"), "--fsdp"]) == 2
+    told = capsys.readouterr().err
+    assert "this is one; start them with torchrun" in told
+    assert "load" not in told
+
+
+def test_the_gpu_of_another_process_is_refused(monkeypatch):
+    monkeypatch.setattr("sparsemem.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("sparsemem.memory.shard.usable_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert place_of_part("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="device='cuda:0' is the GPU of another process; use device='cuda'"):
+        place_of_part("cuda:0")
 
 
 def test_one_process_has_all_and_exchanges_nothing():

@@ -2,7 +2,7 @@
 
 They are started by torchrun or `accelerate launch`, run the same program on the same data, and take shares of
 what costs time; what they find is summed or gathered, so that all go on from the same. In one process
-every function here does nothing.
+there is nothing to share or to wait for.
 """
 
 import contextlib
@@ -164,7 +164,7 @@ def spread(
     whole: Collection[nn.Parameter],
     device: torch.device,
 ) -> None:
-    """Spread the weights of a model over the processes, frozen (FSDP2).
+    """Spread the weights of a model over several processes, frozen (FSDP2).
 
     Each process keeps a part of every weight, and has those of a block together only while it runs.
 
@@ -172,16 +172,8 @@ def spread(
         model: The model, on the CPU.
         blocks: Modules in it that run one after another.
         whole: Parameters that every process keeps.
-        device: Where the parts are put.
-
-    Raises:
-        ConfigError: There is one process.
+        device: Where the parts are put; on CUDA the current device.
     """
-    if world_size() == 1:
-        raise ConfigError(
-            "a model is spread over several processes, and this is one; start them with torchrun or "
-            "accelerate launch"
-        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -190,7 +182,8 @@ def spread(
         parameter.requires_grad_(False)
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, ignored_params=kept)
+        # Of the outermost too: by default its weights, the largest matrix among them, stay together.
+        fully_shard(module, mesh=mesh, ignored_params=kept, reshard_after_forward=True)
 
 
 def is_spread(model: nn.Module | None) -> bool:
@@ -200,6 +193,12 @@ def is_spread(model: nn.Module | None) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
+
+
+def check_whole(model: nn.Module, purpose: str) -> None:
+    """Raise ConfigError if a model is spread over processes."""
+    if is_spread(model):
+        raise ConfigError(f"{purpose} needs a model that is not spread over processes; do it before")
 
 
 def in_step(model: nn.Module, parts: Sequence[T], spare: Callable[[], T]) -> Iterator[tuple[T, bool]]:

@@ -38,7 +38,7 @@ def add_learn(commands: Any) -> None:
     parser.add_argument(
         "--fsdp",
         action="store_true",
-        help="spread the base model over the processes of torchrun or accelerate launch (FSDP2)",
+        help="spread the base model over the processes of torchrun or accelerate launch (FSDP2); memory only",
     )
     parser.add_argument("--out", metavar="DIR", help="save the model or adapter of a baseline method")
     add_training(parser)
@@ -85,8 +85,8 @@ def learn(args: argparse.Namespace) -> None:
 
 
 def _undo(args: argparse.Namespace) -> None:
-    if args.facts:
-        raise ConfigError("--undo takes no FACTS; leave them out")
+    if args.facts or args.fsdp:
+        raise ConfigError("--undo takes no FACTS and no --fsdp; leave them out")
     from sparsemem import distributed
     from sparsemem.memory.checkpoint import read_header
     from sparsemem.store.history import DeltaStore

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from sparsemem import distributed
 from sparsemem.encode import pad
 from sparsemem.prompts import SHOTS, PromptFormat, chat_prompt, check_format, qa_examples, qa_question
 
@@ -105,7 +104,6 @@ def _generate(
         do_sample=False,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        synced_gpus=distributed.is_spread(model),
     )
     new_ids: Tensor = output[:, input_ids.shape[1] :]
     return new_ids

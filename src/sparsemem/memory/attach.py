@@ -170,7 +170,8 @@ def observe_reads(model: nn.Module, hook: BeforeRead, **inputs: Tensor) -> None:
             raise SeenEnough
 
     with before_read(model, hook_then_stop), contextlib.suppress(SeenEnough):
-        model(**inputs, use_cache=False)
+        # The logits are for nothing, so as few as can be.
+        model(**inputs, use_cache=False, **({"logits_to_keep": 1} if distributed.is_spread(model) else {}))
 
 
 class SeenEnough(Exception):  # noqa: N818 - not an error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsemem.memory.base_model as base_models
+from sparsemem import distributed
 from sparsemem.config import MemoryConfig, from_json, to_json
 from sparsemem.errors import (
     CheckpointError,
@@ -63,6 +64,7 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
         OutputError: It could not be written.
     """
     path = Path(path)
+    distributed.check_whole(model, "saving")
     check_new(path)
     hf_model = unwrapped(model)
     tensors: dict[str, Tensor] = {}

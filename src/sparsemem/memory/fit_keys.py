@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sparsemem import distributed
 from sparsemem.encode import length_batches, token_lists
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.memory.attach import SeenEnough, before_read, memory_layers
@@ -64,6 +65,7 @@ def fit_keys(
     """
     if method not in get_args(KeyFit):
         raise ConfigError(f"keys={method!r} is unknown; use one of {', '.join(get_args(KeyFit))}")
+    distributed.check_whole(model, "fitting keys")
     generator = torch.Generator().manual_seed(seed)
     layers = list(memory_layers(model))
     documents = background_documents(texts, tokenizer) if prompt_formats else texts

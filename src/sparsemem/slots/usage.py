@@ -121,6 +121,7 @@ def count_usage(
     Raises:
         DataError: There is no text.
     """
+    distributed.check_whole(model, "counting usage")
     documents = background_documents(texts, tokenizer) if prompt_formats else texts
     reads = {name: torch.zeros(pool.num_slots, dtype=torch.int64) for name, pool in pools(model).items()}
     frequency = {name: torch.zeros_like(zeros) for name, zeros in reads.items()}

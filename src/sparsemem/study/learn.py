@@ -14,12 +14,14 @@ from sparsemem.evaluation.evaluate import fact_values
 from sparsemem.files import check_new, new_folder
 from sparsemem.memory.attach import detach_memory, pools
 from sparsemem.memory.checkpoint import local_folder, read_header
+from sparsemem.memory.shard import place_of_part
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.study.measure import measure, num_base_values, resolve_probes
 from sparsemem.study.policy import check_contradictions
 from sparsemem.study.session import Session
+from sparsemem.training.finetune import check_fsdp
 from sparsemem.training.methods import check_method
 
 
@@ -54,7 +56,8 @@ def learn(
         hash_facts: Keep only hashes of the facts in the history, not their text.
         replace: Teach facts that contradict some taught before; these count as taken back.
         loading: Device and precision of the model.
-        fsdp: Spread the base model over the processes that torchrun or `accelerate launch` started.
+        fsdp: Spread the base model over the processes that torchrun or `accelerate launch` started;
+            with method="memory", without mixed precision, replay and penalties on background text.
 
     Returns:
         The report, as plain JSON values; of method="memory" also `update`, its number, and `commit`.
@@ -64,6 +67,9 @@ def learn(
     """
     config, folder = config or FinetuneConfig(), Path(folder)
     _check_options(folder, config, prompt, out)
+    if fsdp:
+        place_of_part((loading or LoadConfig()).device)
+        check_fsdp(config)
     fact_list = load_facts(facts) if isinstance(facts, str | Path) else list(facts)
     if not fact_list:
         raise DataError("there are no facts; give at least one")

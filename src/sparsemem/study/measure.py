@@ -88,7 +88,7 @@ def measure(
     probes: Sequence[Probe],
     prompt: PromptFormat,
 ) -> Evaluation:
-    """Run `evaluate` behind a progress bar with that title; of several processes in the main one."""
+    """Run `evaluate` behind a progress bar with that title; all processes have what the main one found."""
     total = len(probes) + bool(facts)
     with console.progress(title) as step:
         done = iter(range(total + 1))

@@ -78,8 +78,8 @@ def finetune(
         The delta, and how it went.
 
     Raises:
-        ConfigError: The scheduler is unknown, there is no background for a penalty or replay, or they
-            are asked of a model that is spread over processes.
+        ConfigError: The scheduler is unknown, there is no background for a penalty or replay, or the
+            model is spread over processes and `check_fsdp` refuses.
         DataError: No fact has anything to learn.
         PoolMismatchError: Usage is missing or was counted on another pool.
         TrainingDivergedError: A loss is not finite; a memory is put back to what it was.
@@ -222,12 +222,28 @@ def _check(model: nn.Module, background: Sequence[str], config: FinetuneConfig) 
     if (name := config.lr_scheduler) not in (known := [kind.value for kind in SchedulerType]):
         raise ConfigError(f"lr_scheduler={name!r} is unknown; use one of {', '.join(known)}")
     check_guards(background, config)
-    if distributed.is_spread(model) and (config.method != "memory" or config.is_guarded):
-        raise ConfigError(
-            f"a model spread over processes (fsdp) does not learn with method={config.method!r}, "
-            f"penalty={config.penalty!r} and replay_fraction={config.replay_fraction}; use method='memory', "
-            "without replay and penalties on background text"
-        )
+    if distributed.is_spread(model):
+        check_fsdp(config)
+
+
+FOR_FSDP: dict[str, tuple[Any, ...]] = {
+    "method": ("memory",),
+    "penalty": ("auto", "local_kl", "none"),
+    "replay_fraction": (0.0,),
+    # Copies of the weights in bfloat16 would stay together from the forward to the backward pass.
+    "mixed_precision": ("no",),
+}
+"""What a model that is spread over processes can be trained with. In bfloat16 it can be loaded."""
+
+
+def check_fsdp(config: FinetuneConfig) -> None:
+    """Raise ConfigError if a model that is spread over processes cannot be trained like this."""
+    for name, fine in FOR_FSDP.items():
+        if (value := getattr(config, name)) not in fine:
+            raise ConfigError(
+                f"{name}={value!r} is not for a model that is spread over processes (fsdp); "
+                f"use {name}={fine[0]!r}"
+            )
 
 
 def _schedule(name: str, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparsemem import distributed
 from sparsemem.memory.attach import memory_layers
 
 SHORT = 128
@@ -36,11 +35,9 @@ class MixedPrecision:
                 "as long; use mixed_precision='no'",
                 stacklevel=2,
             )
-        # A model that is spread over processes has its weights together only while they are used.
-        keeps_copies = mode == "bf16" and not distributed.is_spread(model)
-        self.frozen = _frozen_matrices(model) if keeps_copies else []
+        self.frozen = _frozen_matrices(model) if mode == "bf16" else []
         self.copies = [weight.to(torch.bfloat16) for weight in self.frozen]
-        self.head = _frozen_tied_head(model) if keeps_copies else None
+        self.head = _frozen_tied_head(model) if mode == "bf16" else None
         if self.head is not None:
             self.head_copy = nn.Parameter(self.head.weight.to(torch.bfloat16), requires_grad=False)
 
