@@ -82,7 +82,8 @@ def experiments(folder: Path) -> list[Path]:
 def load_specs(folder: Path, data: Path) -> dict[str, RunSpec]:
     """Read the runs of an experiment's folder, all grids multiplied out."""
     default = read_default(folder)
-    default.pop("development", None)  # what table.py chooses learning rates by
+    for name in ("development", "reference"):  # which are table.py's
+        default.pop(name, None)
     specs: dict[str, RunSpec] = {}
     for path in sorted((folder / "runs").glob("*.yaml")):
         specs.update(expand(path.stem, resolved(merged(default, read_yaml(path)), data)))

@@ -1,12 +1,14 @@
 """Show the results of an experiment: its table, and its plot as experiments/NAME/pareto.png.
 
 python experiments/table.py NAME
-python experiments/table.py NAME --readme       # also between <!-- NAME:begin --> and <!-- NAME:end -->
+python experiments/table.py NAME --readme       # also between <!-- NAME:begin --> and <!-- NAME:end -->,
+                                                # in its own README.md or in that of the project
 python experiments/table.py NAME --beside DIR   # the results in DIR, and those of NAME; no plot
 
 Where NAME has folders of experiments in it, as `ablations` has, all their results are in one table. Each
 method is shown at its best setting, chosen by held-out F1 among these runs, or among those of
-the experiment that default.yaml names as `development`.
+the experiment that default.yaml names as `development`. The others' learning is compared with that of the
+first, or of the one that it names as `reference`.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from run import experiments, read_default
 from sparsemem import console
 from sparsemem.errors import ConfigError, MissingDependencyError
 from sparsemem.study.figures import pareto
-from sparsemem.study.results import load_results
+from sparsemem.study.results import load_results, method_of
 from sparsemem.study.table import comparison, paired, with_block
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         "--probe", metavar="NAME", help="what the plot shows forgetting of (default: the first)"
     )
     parser.add_argument("--beside", type=Path, metavar="DIR", help="folder of results to compare with these")
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the table into the README.md with its place"
+    )
     args = parser.parse_args(argv)
     return console.exit_code(lambda: show(args))
 
@@ -45,8 +49,8 @@ def show(args: argparse.Namespace) -> None:
         return
     print(render(args.name), end="")
     if args.readme:
-        text = with_table(README.read_text(encoding="utf-8"), args.name)
-        README.write_text(text, encoding="utf-8")
+        path = readme_of(args.name)
+        path.write_text(with_table(path.read_text(encoding="utf-8"), args.name), encoding="utf-8")
     plot(args.name, args.probe)
 
 
@@ -57,6 +61,12 @@ def plot(name: str, probe: str | None) -> None:
         if probe:  # asked for
             raise
         console.say(f"no plot: {error}")
+
+
+def readme_of(name: str) -> Path:
+    own = HERE / name / "README.md"
+    has_place = own.is_file() and f"<!-- {name}:begin -->" in own.read_text(encoding="utf-8")
+    return own if has_place else README
 
 
 def with_table(readme: str, name: str) -> str:
@@ -80,8 +90,9 @@ def results_of(name: str) -> dict[str, dict[str, Any]]:
 
 
 def render(name: str) -> str:
-    development = read_default(HERE / name).get("development")
-    results = results_of(name)
+    default = read_default(HERE / name)
+    development, reference = default.get("development"), default.get("reference")
+    results = dict(sorted(results_of(name).items(), key=lambda run: method_of(run[0]) != reference))
     chosen_by = load_results(HERE / development / "results") if development else None
     return f"{comparison(results, chosen_by).markdown()}\n{paired(results, chosen_by).markdown()}"
 

@@ -3,10 +3,10 @@
     python experiments/prepare.py
     python experiments/history/run.py        # half an hour; writes results/exact.json
 
-Four updates of two facts each are learned and committed, and after each the logits behind 1,000 questions of
-NaturalQuestions are hashed. Then every version is loaded anew from its folder, the last update is reverted,
-and then one from the middle; what that has to equal is a model on which the other deltas were written
-and that one never was.
+Four updates of two facts each are learned and committed, and after each the predictions behind 1,000 questions
+are hashed: those on the facts, in all wordings, and others of NaturalQuestions, most of which no update reaches.
+Then every version is loaded anew from its folder, the last update is reverted, and then one from the middle; what
+that has to equal is a model on which the other deltas were written and that one never was.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ import sparsemem
 from sparsemem import console
 from sparsemem.encode import pad
 from sparsemem.files import write_json
+from sparsemem.likelihood import log_probs_at
 from sparsemem.memory.base_model import fingerprint
 from sparsemem.memory.checkpoint import base_weights
 from sparsemem.prompts import qa_question
@@ -42,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     data = CACHE / "data"
     spec = load_specs(HERE.parent / "facts", data)["memory.seed-0"]
-    facts = sparsemem.load_facts(data / "trivia.jsonl")
+    facts = sparsemem.load_facts(data / "trivia.jsonl")[: NUM_UPDATES * FACTS_PER_UPDATE]
     questions = sparsemem.load_questions(str(data / "nq_open.jsonl"))[:NUM_PROMPTS]
     origin = provenance(data=[data / "trivia.jsonl", data / "nq_open.jsonl"])
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,7 +51,9 @@ def main() -> None:
         folder = shutil.copytree(attached, Path(temporary) / "memory")
         usage = load_usage(folder / USAGE_FILE)
         model, tokenizer = sparsemem.load(folder)
-        prompts = [tokenizer(qa_question(row.question))["input_ids"] for row in questions]
+        taught = [question for fact in facts for question in (*fact.questions, *fact.heldout_questions)]
+        asked = [*taught, *(row.question for row in questions)][:NUM_PROMPTS]
+        prompts = [tokenizer(qa_question(question))["input_ids"] for question in asked]
         store = sparsemem.DeltaStore(folder)
         then = {"attached": digest(model, prompts)}
         deltas = []
@@ -74,7 +77,8 @@ def main() -> None:
             "method": "memory",
         },
         "metrics": {
-            "num_prompts": NUM_PROMPTS,
+            "num_prompts": len(prompts),
+            "num_prompts_on_the_facts": len(taught),
             "versions_that_differ": [revision for revision in then if now[revision] != then[revision]],
             "versions_are_different": len(set(then.values())) == len(then),
             "revert_of_last_is_exact": last["found"] == then[str(NUM_UPDATES - 1)],
@@ -111,13 +115,13 @@ def reverts(
 
 @torch.no_grad()
 def digest(model: Any, prompts: list[list[int]]) -> str:
-    """SHA-256 of the logits behind each prompt."""
+    """SHA-256 of the log-probabilities of what follows each prompt."""
     found = hashlib.sha256()
     for start in range(0, len(prompts), 50):
         batch = pad(prompts[start : start + 50])
-        logits = model(**batch).logits
-        last = batch["attention_mask"].sum(dim=1) - 1
-        found.update(logits[torch.arange(len(last)), last].float().numpy().tobytes())
+        mask = batch["attention_mask"]
+        is_last = torch.arange(mask.shape[1]) == mask.sum(dim=1, keepdim=True) - 1
+        found.update(log_probs_at(model, **batch, positions=is_last).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -69,6 +69,23 @@ def test_the_readme_gets_the_table_in_its_place(table, tmp_path, monkeypatch):
     assert readme.read_text() == text.replace("old\n", both(RUNS))
 
 
+def test_a_place_in_its_own_readme_goes_before(table, tmp_path, monkeypatch):
+    name = write(tmp_path / "question", RUNS)
+    own, other = tmp_path / "question" / "README.md", tmp_path / "README.md"
+    for readme in (own, other):
+        readme.write_text(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n")
+    monkeypatch.setattr(table, "README", other)
+    assert table.main([name, "--readme"]) == 0
+    assert both(RUNS) in own.read_text()
+    assert both(RUNS) not in other.read_text()
+
+
+def test_others_are_compared_with_the_reference(table, tmp_path):
+    first, second = {"a": result(0.4)}, {"b": result(0.5)}
+    name = write(tmp_path / "question", first | second, "reference: b")
+    assert table.render(name) == both(second | first) != both(first | second)
+
+
 def test_without_a_plot_there_is_a_table_and_one_line_more(table, tmp_path, monkeypatch, capsys):
     name = write(tmp_path / "question", {"a.one": result(probes=())})
     readme = tmp_path / "README.md"
