@@ -3,10 +3,11 @@
     python experiments/prepare.py
     python experiments/history/run.py        # half an hour; writes results/exact.json
 
-Four updates of two facts each are learned and committed, and after each the predictions behind 1,000 questions
-are hashed: those on the facts, in all wordings, and others of NaturalQuestions, most of which no update reaches.
-Then every version is loaded anew from its folder, the last update is reverted, and then one from the middle; what
-that has to equal is a model on which the other deltas were written and that one never was.
+Four updates of two facts each are learned and committed, and after each the predictions behind 1,000
+questions are hashed: those on the facts, in all wordings, and others of NaturalQuestions, most of which no
+update reaches. Then every version is loaded anew from its folder, the last update is reverted, and then one
+from the middle; what that has to equal is a model on which the other deltas were written and that one never
+was.
 """
 
 import hashlib
