@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sparsemem.memory.delta import SparseDelta as SparseDelta
     from sparsemem.memory.fit_keys import fit_keys as fit_keys
     from sparsemem.memory.grow import grow_memory as grow_memory
+    from sparsemem.memory.shard import shard as shard
     from sparsemem.slots.usage import Usage as Usage
     from sparsemem.slots.usage import count_usage as count_usage
     from sparsemem.slots.usage import load_usage as load_usage
@@ -55,6 +56,7 @@ _HOMES = {
     "sparsemem.memory.delta": ("SparseDelta",),
     "sparsemem.memory.fit_keys": ("fit_keys",),
     "sparsemem.memory.grow": ("grow_memory",),
+    "sparsemem.memory.shard": ("shard",),
     "sparsemem.slots.usage": ("Usage", "count_usage", "load_usage", "save_usage"),
     "sparsemem.store.history": ("DeltaStore",),
     "sparsemem.store.load": ("load", "overlaid"),

@@ -62,6 +62,7 @@ def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> N
     Raises:
         ExistsError: The folder is not empty; updates are added to it by a DeltaStore.
         OutputError: It could not be written.
+        ConfigError: The model is spread over processes.
     """
     path = Path(path)
     distributed.check_whole(model, "saving")

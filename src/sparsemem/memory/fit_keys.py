@@ -60,7 +60,8 @@ def fit_keys(
         The same model.
 
     Raises:
-        ConfigError: `method` is unknown or the memory's queries are wider than the model.
+        ConfigError: `method` is unknown, the memory's queries are wider than the model, or the model is
+            spread over processes.
         DataError: The texts have too few tokens to fit num_keys sub-keys.
     """
     if method not in get_args(KeyFit):

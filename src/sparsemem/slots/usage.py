@@ -119,6 +119,7 @@ def count_usage(
         on_step: Called with (documents counted, `num_documents`).
 
     Raises:
+        ConfigError: The model is spread over processes.
         DataError: There is no text.
     """
     distributed.check_whole(model, "counting usage")
