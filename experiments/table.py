@@ -5,8 +5,8 @@ python experiments/table.py NAME --readme       # also between <!-- NAME:begin -
                                                 # in its own README.md or in that of the project
 python experiments/table.py NAME --beside DIR   # the results in DIR, and those of NAME; no plot
 
-Where NAME has folders of experiments in it, as `ablations` has, all their results are in one table. Each
-method is shown at its best setting, chosen by held-out F1 among these runs, or among those of
+Where NAME has folders of experiments in it, as `ablations` has, all their results are in one table, without
+a plot. Each method is shown at its best setting, chosen by held-out F1 among these runs, or among those of
 the experiment that default.yaml names as `development`. The others' learning is compared with that of the
 first, or of the one that it names as `reference`.
 """
@@ -51,12 +51,13 @@ def show(args: argparse.Namespace) -> None:
     if args.readme:
         path = readme_of(args.name)
         path.write_text(with_table(path.read_text(encoding="utf-8"), args.name), encoding="utf-8")
-    plot(args.name, args.probe)
+    if experiments(HERE / args.name) == [HERE / args.name]:
+        plot(args.name, args.probe)
 
 
 def plot(name: str, probe: str | None) -> None:
     try:
-        pareto(results_of(name), HERE / name / "pareto.png", probe=probe)
+        pareto(load_results(HERE / name / "results"), HERE / name / "pareto.png", probe=probe)
     except (ConfigError, MissingDependencyError) as error:
         if probe:  # asked for
             raise

@@ -42,14 +42,16 @@ def test_the_table_is_shown_and_the_plot_drawn(table, tmp_path, capsys):
     assert (tmp_path / "question" / "pareto.png").is_file()
 
 
-def test_a_folder_of_experiments_is_one_table_of_those_with_results(table, tmp_path):
+def test_a_folder_of_experiments_is_one_table_of_those_with_results(table, tmp_path, capsys):
     for name in ("one", "two", "three"):
         (tmp_path / name / "runs").mkdir(parents=True)
     write(tmp_path / "one", RUNS)
     write(tmp_path / "three", {"b": result(0.3)})
     (tmp_path / "default.yaml").touch()
     together = {f"one/{name}": run for name, run in RUNS.items()} | {"three/b": result(0.3)}
-    assert table.render(str(tmp_path)) == both(together)
+    assert table.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == both(together)
+    assert not (tmp_path / "pareto.png").exists()
 
 
 def test_settings_are_chosen_on_the_development_runs(table, tmp_path):
