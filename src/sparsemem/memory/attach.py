@@ -19,8 +19,8 @@ FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc1..fc2")
 """What families call the feed-forward network of a block; OPT has two bare linear layers."""
 
 AUTO_DEPTH = 0.13
-"""Where `layers="auto"` puts the memory: block 4 of 30 learned most in held-out wordings, and at block 10 hardly
-more than half of that is left (experiments/ablations)."""
+"""Where `layers="auto"` puts the memory: block 4 of 30 learned most in held-out wordings, and at block 10
+hardly more than half of that is left (experiments/ablations)."""
 
 
 def attach_memory(
