@@ -56,16 +56,7 @@ def main() -> None:
         asked = [*taught, *(row.question for row in questions)][:NUM_PROMPTS]
         prompts = [tokenizer(qa_question(question))["input_ids"] for question in asked]
         store = sparsemem.DeltaStore(folder)
-        then = {"attached": digest(model, prompts)}
-        deltas = []
-        config = sparsemem.FinetuneConfig(num_epochs=3)
-        for number in range(1, NUM_UPDATES + 1):
-            batch = facts[(number - 1) * FACTS_PER_UPDATE : number * FACTS_PER_UPDATE]
-            result = sparsemem.finetune(model, tokenizer, batch, usage, config)
-            deltas.append(result.delta)
-            store.commit(result.delta, f"update {number}", {"facts": fact_rows(batch)})
-            then[str(number)] = digest(model, prompts)
-            console.say(f"update {number}: {then[str(number)][:12]}")
+        then, deltas = learned(store, model, tokenizer, usage, facts, prompts)
         model_sha = fingerprint(base_weights(model))
         now = {revision: digest(sparsemem.load(folder, revision=revision)[0], prompts) for revision in then}
         middle, last = reverts(store, folder, deltas, prompts)
@@ -94,6 +85,28 @@ def main() -> None:
     }
     write_json(HERE / "results" / "exact.json", result)
     print((HERE / "results" / "exact.json").read_text(encoding="utf-8"))
+
+
+def learned(
+    store: sparsemem.DeltaStore,
+    model: Any,
+    tokenizer: Any,
+    usage: sparsemem.Usage,
+    facts: list[sparsemem.Fact],
+    prompts: list[list[int]],
+) -> tuple[dict[str, str], list[Any]]:
+    """Learn and commit all updates; returns the digest of each version, and the deltas."""
+    then = {"attached": digest(model, prompts)}
+    deltas = []
+    config = sparsemem.FinetuneConfig(num_epochs=3)
+    for number in range(1, NUM_UPDATES + 1):
+        batch = facts[(number - 1) * FACTS_PER_UPDATE : number * FACTS_PER_UPDATE]
+        result = sparsemem.finetune(model, tokenizer, batch, usage, config)
+        deltas.append(result.delta)
+        store.commit(result.delta, f"update {number}", {"facts": fact_rows(batch)})
+        then[str(number)] = digest(model, prompts)
+        console.say(f"update {number}: {then[str(number)][:12]}")
+    return then, deltas
 
 
 def reverts(
