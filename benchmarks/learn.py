@@ -3,7 +3,7 @@
     python benchmarks/learn.py         # about half an hour on 2 cores; a table, beside the committed one
     python benchmarks/learn.py --json
 
-Each method trains the same facts with the same batches, wordings and loss in bfloat16, at the learning rate
+Each method trains the same facts with the same batches, wordings and loss in float32, at the learning rate
 that was best for it in experiments/facts, one epoch in turn with the others, in a process of its own. After
 each epoch the held-out questions are asked, off the clock; a method is done when their F1 reaches the target.
 The facts are the first 100 of experiments/facts where experiments/prepare.py was run, else the 32 of demo.
@@ -124,7 +124,6 @@ def work(args: argparse.Namespace, method: str, folder: str) -> None:
         method=method,
         learning_rate=LEARNING_RATES[method],
         num_epochs=MAX_EPOCHS,
-        mixed_precision="bf16",
     )
     print("ready", flush=True)
     sys.stdin.readline()
