@@ -86,6 +86,12 @@ def test_what_is_averaged_is_a_share_of_the_steps(value):
         FinetuneConfig(average_from=value)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_rows_cannot_end_before_they_began(value):
+    with pytest.raises(ConfigError, match=f"extrapolate={value} is not positive"):
+        FinetuneConfig(extrapolate=value)
+
+
 def test_a_config_error_is_a_value_error():
     with pytest.raises(ValueError, match="top_t"):
         FinetuneConfig(top_t=0)
@@ -138,10 +144,11 @@ def test_what_depends_on_the_method_can_be_set():
 
 
 def test_a_run_from_before_there_was_a_mean_had_none():
-    assert applicable({"method": "memory"})["average_from"] == 1.0
-    assert applicable(to_json(FinetuneConfig()))["average_from"] == 0.5
-    assert "average_from" not in applicable({"method": "memory", "tie_rows": False})
-    assert "average_from" not in applicable({"method": "lora"})
+    ending = {"average_from", "extrapolate"}
+    assert [applicable({"method": "memory"})[name] for name in sorted(ending)] == [1.0, 1.0]
+    assert [applicable(to_json(FinetuneConfig()))[name] for name in sorted(ending)] == [0.5, 1.2]
+    assert not ending & applicable({"method": "memory", "tie_rows": False}).keys()
+    assert not ending & applicable({"method": "lora"}).keys()
 
 
 def test_what_an_older_run_wrote_down_of_another_method_does_not_count():

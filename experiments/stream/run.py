@@ -90,9 +90,7 @@ def batches_of(args: argparse.Namespace, sets: list[Facts]) -> list[Facts]:
 
 def run(args: argparse.Namespace, batches: list[Facts], work: Path) -> dict[str, Any]:
     spec = load_specs(HERE.parent / "facts", args.data_dir)["memory.seed-0"]
-    config = sparsemem.FinetuneConfig(
-        method=args.method, learning_rate=args.learning_rate, seed=args.seed
-    )
+    config = sparsemem.FinetuneConfig(method=args.method, learning_rate=args.learning_rate, seed=args.seed)
     probes = load_probes(
         [f"{BUILT_IN_PROBE}={built_in_probe()}", f"wikitext={args.data_dir / 'wikitext.jsonl'}"]
     )

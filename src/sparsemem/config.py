@@ -85,7 +85,7 @@ DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {
     "top_t", "ranking", "max_document_frequency", "anchor", "tie_rows", "weighted_reads",
-    "prefix_cache_bytes", "average_from", "memory", "attach",
+    "prefix_cache_bytes", "average_from", "extrapolate", "memory", "attach",
 }  # fmt: skip
 """Options of a run that mean nothing to other methods."""
 
@@ -126,6 +126,8 @@ class FinetuneConfig:
     average_from: float = 0.5
     """Share of its steps from which on a fact's row counts to the mean it ends as; 1 for no mean. Untied rows
     have none."""
+    extrapolate: float = 1.2
+    """How far from where it began a fact's row ends, relative to that mean: it is on its way still."""
     num_epochs: int = 24
     """Passes over the facts."""
     facts_per_batch: int = 8
@@ -191,6 +193,7 @@ class FinetuneConfig:
             raise ConfigError(f"adam_beta1={self.adam_beta1} is not a share; use 0 to below 1")
         if not 0 <= self.average_from <= 1:
             raise ConfigError(f"average_from={self.average_from} is not a share; use 0 to 1")
+        _check_positive(self, "extrapolate")
         if not self.held_per_step >= 0:
             raise ConfigError(f"held_per_step={self.held_per_step} is negative; use 0 or more")
         if self.penalty_weight is not None and not self.penalty_weight >= 0:
@@ -262,13 +265,14 @@ def applicable(options: dict[str, Any]) -> dict[str, Any]:
     Args:
         options: Options of `FinetuneConfig`, as plain JSON values; others stay as they are.
     """
-    options = {"average_from": 1.0, **options}  # what was written down before there was a mean had none
+    # What was written down before there were these had none.
+    options = {"average_from": 1.0, "extrapolate": 1.0, **options}
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     config = from_json(FinetuneConfig, {name: options[name] for name in options.keys() & names}, "config")
     values = to_json(config) | {"learning_rate": config.lr, "penalty": config.kind_of_penalty}
     values |= {"adam_beta1": config.betas[0], "penalty_weight": config.strength}
     idle = set() if config.method == "memory" else MEMORY_OPTIONS
-    idle |= set() if config.ties_rows else {"average_from"}
+    idle |= set() if config.ties_rows else {"average_from", "extrapolate"}
     idle |= {"momentum"} if config.optimizer == "adamw" else {"adam_beta1"}
     idle |= {"penalty_weight"} if values["penalty"] == "none" else set()
     idle |= set() if config.is_local else {"held_per_step"}

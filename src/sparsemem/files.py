@@ -146,7 +146,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_format(path: Path, header: Mapping[str, Any], kind: str, version: int) -> None:
+def check_format(path: Path | str, header: Mapping[str, Any], kind: str, version: int) -> None:
     """Raise CheckpointError unless `header` names this format, in this version or an older one."""
     if header.get("format") != kind:
         raise CheckpointError(f"{path} is not a {kind} file (format: {header.get('format')!r})")

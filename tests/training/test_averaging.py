@@ -20,7 +20,7 @@ def facts():
 def test_rows_of_facts_end_as_the_mean_of_those_of_the_last_epochs(
     attached, tiny_tokenizer, facts, usage, config, all_rows, average_from, first
 ):
-    config = dataclasses.replace(config, num_epochs=6, average_from=1.0)
+    config = dataclasses.replace(config, num_epochs=6, average_from=1.0, extrapolate=1.0)
     epochs = []
     watched = copy.deepcopy(attached)
     collect = lambda model: epochs.append(all_rows(model)["layer_1"])
@@ -33,11 +33,20 @@ def test_rows_of_facts_end_as_the_mean_of_those_of_the_last_epochs(
     torch.testing.assert_close(found.after, torch.stack(epochs[first:]).mean(dim=0)[last.slot_ids])
 
 
+def test_rows_of_facts_end_beyond_the_mean(attached, tiny_tokenizer, facts, usage, config):
+    rows = {}
+    for extrapolate in (1.0, 1.5):
+        of_run = dataclasses.replace(config, num_epochs=6, extrapolate=extrapolate)
+        delta = finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, of_run).delta
+        rows[extrapolate] = delta.changes["layer_1"].after
+    torch.testing.assert_close(rows[1.5], 1.5 * rows[1.0])  # they began as zeros
+
+
 def test_rows_of_slots_stay_as_the_last_step_left_them(attached, tiny_tokenizer, facts, usage, config):
     found = []
-    for average_from in (1.0, 0.5):
-        options = {"num_epochs": 6, "tie_rows": False, "average_from": average_from}
-        of_run = dataclasses.replace(config, **options)
+    for average_from, extrapolate in ((1.0, 1.0), (0.5, 1.2)):
+        options = {"average_from": average_from, "extrapolate": extrapolate, "tie_rows": False}
+        of_run = dataclasses.replace(config, num_epochs=6, **options)
         delta = finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, of_run).delta
         found.append(delta.changes["layer_1"].after)
     assert torch.equal(*found)

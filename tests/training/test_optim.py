@@ -146,9 +146,11 @@ def rows_after_each_step(start, slot, grads):
 @pytest.mark.parametrize(
     ("average_from", "first"), [(0.0, 0), (0.5, 3), (0.6, 3), (0.7, 4), (0.99, 5), (1.0, 5)]
 )
-def test_a_row_of_a_fact_ends_as_the_mean_of_its_last_ones(pool, start, average_from, first):
+@pytest.mark.parametrize("extrapolate", [1.0, 1.5])
+def test_a_row_of_a_fact_ends_as_the_mean_of_its_last_ones(pool, start, average_from, first, extrapolate):
     grads = gradients(6)
-    optimizer = SlotOptimizer({"p": pool}, "sgd", lr=0.1, num_steps=6, average_from=average_from)
+    ending = {"average_from": average_from, "extrapolate": extrapolate}
+    optimizer = SlotOptimizer({"p": pool}, "sgd", lr=0.1, num_steps=6, **ending)
     slot_ids, tags = torch.tensor([2, 5]), torch.tensor([NUM_SLOTS + 1, 5])
     for number, grad in enumerate(grads):
         if number == 2:  # others, in between: a row counts its own steps
@@ -157,7 +159,8 @@ def test_a_row_of_a_fact_ends_as_the_mean_of_its_last_ones(pool, start, average_
         active.grad = grad[[5, 2]].clone()
         optimizer.step()
     pool.deactivate()
-    expected = rows_after_each_step(start, 2, grads)[first:].mean(dim=0)
+    mean = rows_after_each_step(start, 2, grads)[first:].mean(dim=0)
+    expected = start[2] + extrapolate * (mean - start[2])
     torch.testing.assert_close(pool.current(torch.tensor([2]))[0], expected)
     # A row that belongs to a slot, not to a fact, stays as the last step left it.
     torch.testing.assert_close(pool.current(torch.tensor([5]))[0], rows_after_each_step(start, 5, grads)[-1])

@@ -8,6 +8,7 @@ the next that writes.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class StoredRows:
             and all(t.dtype == torch.float32 and t.dim() == 2 for t in tables)
             and self.after.shape[1] == self.before.shape[1]
             and bool((ids[1:] > ids[:-1]).all())
-            and _is_within(ids, 0, self.num_slots)
+            and (not len(ids) or (int(ids[0]) >= 0 and int(ids[-1]) < self.num_slots))
             and _is_within(self.after_index, 0, len(self.after))
             and _is_within(self.before_index, AS_BEFORE, len(self.before))
         )
@@ -108,7 +109,7 @@ def parse_object(content: bytes, sha: str, where: Path | str) -> dict[str, Store
     try:
         tensors = load(content)
         header = _header(content)
-        check_format(Path(where), header, FORMAT, FORMAT_VERSION)
+        check_format(where, header, FORMAT, FORMAT_VERSION)
         names = sorted({key.partition(".")[2] for key in tensors})
         stored = {
             name: StoredRows(
@@ -209,11 +210,14 @@ class ObjectStore:
         return self._checked(sha)[0]
 
     def _checked(self, sha: str) -> tuple[bytes, dict[str, StoredRows]]:
-        settled = self._settled(sha)
+        # Paths as text: of 10,000 objects, making `Path`s would take as long as their SHA-256.
+        settled = f"{self.objects}{os.sep}{sha[:2]}{os.sep}{sha}.safetensors"
+        incoming = f"{self.incoming}{os.sep}{sha}.safetensors"
         # It may move between two looks, and only in one direction.
-        for path in (settled, self.incoming / settled.name, settled):
+        for path in (settled, incoming, settled):
             try:
-                content = path.read_bytes()
+                with open(path, "rb") as file:  # noqa: PTH123 - as above
+                    content = file.read()
             except FileNotFoundError:
                 continue
             return content, parse_object(content, sha, path)

@@ -89,6 +89,7 @@ class SparseMemory:
             weight_decay=config.weight_decay,
             num_steps=config.num_epochs,
             average_from=config.average_from,
+            extrapolate=config.extrapolate,
         )
 
     @contextlib.contextmanager

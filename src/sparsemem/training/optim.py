@@ -36,6 +36,7 @@ class SlotOptimizer(torch.optim.Optimizer):
         average_from: With its step of that number a row of a fact becomes the mean of what it was after each
             step from this share of them on (Polyak and Juditsky 1992): single steps scatter around it. With 1
             it stays as the last step left it, as do rows that belong to a slot and not to a fact.
+        extrapolate: How far from where it began a row of a fact ends, relative to that mean.
 
     Raises:
         ConfigError: `name` is unknown.
@@ -53,12 +54,14 @@ class SlotOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         num_steps: int = 1,
         average_from: float = 1.0,
+        extrapolate: float = 1.0,
     ) -> None:
         if name not in UPDATES:
             raise ConfigError(f"optimizer={name!r} is unknown; use one of {', '.join(UPDATES)}")
         self.pools = pools
         self.update = UPDATES[name]
         self.num_steps, self.num_averaged = num_steps, num_steps - math.floor(average_from * num_steps)
+        self.extrapolate = extrapolate
         self.row_state: dict[str, dict[str, _StateTable]] = {pool: {} for pool in pools}
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay
@@ -82,21 +85,30 @@ class SlotOptimizer(torch.optim.Optimizer):
                 continue
             if grad is None:  # this process had nothing to run
                 grad = torch.zeros_like(pool.active)
+            of_facts = pool.selection.tags >= pool.num_slots
+            before_AV = pool.active[of_facts].clone()
             state = _State(self.row_state[name], pool.selection.tags)
             self.update(pool.active, distributed.summed(grad), state, self.param_groups[0])
             state.save()
-            if self.num_averaged > 1 and (of_facts := pool.selection.tags >= pool.num_slots).any():
+            if len(before_AV):
                 state = _State(self.row_state[name], pool.selection.tags[of_facts])
-                pool.active[of_facts] = self._averaged(pool.active[of_facts], state)
+                pool.active[of_facts] = self._ended(before_AV, pool.active[of_facts], state)
                 state.save()
 
-    def _averaged(self, rows_AV: Tensor, state: "_State") -> Tensor:
-        """Go on with the mean of each row; return the rows, with the mean in place of those that are done."""
+    def _ended(self, before_AV: Tensor, rows_AV: Tensor, state: "_State") -> Tensor:
+        """Go on with the mean of each row of a fact; return the rows, those that are done as they end.
+
+        Args:
+            before_AV: The rows before this step.
+            rows_AV: The rows after it.
+            state: Theirs.
+        """
         steps_A1 = state.get("steps", 1).add_(1)
         since_A1 = (steps_A1 - (self.num_steps - self.num_averaged)).clamp(min=1)
-        mean_AV = state.get("mean", rows_AV.shape[1])
+        mean_AV, start_AV = (state.get(name, rows_AV.shape[1]) for name in ("mean", "start"))
         mean_AV.lerp_(rows_AV, 1 / since_A1)  # until the first that counts, just the row itself
-        return torch.where(steps_A1 == self.num_steps, mean_AV, rows_AV)
+        start_AV.copy_(torch.where(steps_A1 == 1, before_AV, start_AV))
+        return torch.where(steps_A1 == self.num_steps, start_AV.lerp(mean_AV, self.extrapolate), rows_AV)
 
 
 class _StateTable:
