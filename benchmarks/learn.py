@@ -4,31 +4,44 @@
     python benchmarks/learn.py --json
 
 Each method trains the same facts with the same batches, wordings and loss in float32, at the learning rate
-that was best for it in experiments/facts, one epoch in turn with the others, in a process of its own. After
-each epoch the held-out questions are asked, off the clock; a method is done when their F1 reaches the target.
+that was best for it in experiments/facts, one epoch in turn with the others, in a process of its own.
+"memory_held" is the memory as `sparsemem learn` trains it: it also holds what the model says to other
+questions about the subjects, which costs it texts that the others do not see. After each epoch the held-out
+questions are asked, off the clock, of what a run of that many epochs ends with; a method is done when their
+F1 reaches the target.
 The facts are the first 100 of experiments/facts where experiments/prepare.py was run, else the 32 of demo.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from timing import parser, peak_bytes, publish, restart_peak
 
 import sparsemem
 from sparsemem.cli.demo import demo_facts_path, installed_data
 from sparsemem.evaluation.evaluate import recall
+from sparsemem.memory.attach import pools
 from sparsemem.memory.base_model import fingerprint
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.study.attach import attach_to_folder
 
 PREPARED = Path("~/.cache/sparsemem/experiments/data/trivia.jsonl").expanduser()
-LEARNING_RATES = {"memory": None, "lora": 1e-3, "full": 1e-4}
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "memory": {"penalty": "none"},
+    "memory_held": {},
+    "lora": {"learning_rate": 1e-3},
+    "full": {"learning_rate": 1e-4},
+}
 MAX_EPOCHS = 32
 TARGET = 0.8
 NUM_FACTS = 100
@@ -56,11 +69,13 @@ def main() -> None:
         epochs = in_turn(args, folder)
     reached = {method: seconds_to(args.target, of) for method, of in epochs.items()}
     of_processor = {m: seconds_to(args.target, of, "processor_seconds") for m, of in epochs.items()}
-    own = reached["memory"]
+    own, held = reached["memory"], reached["memory_held"]
     with_attach = None if own is None else own + attach_seconds
     ratios = {
         "lora_over_memory_seconds": over(reached["lora"], own),
         "full_over_memory_seconds": over(reached["full"], own),
+        "lora_over_memory_held_seconds": over(reached["lora"], held),
+        "full_over_memory_held_seconds": over(reached["full"], held),
         "lora_over_memory_and_attach_seconds": over(reached["lora"], with_attach),
         "full_over_memory_and_attach_seconds": over(reached["full"], with_attach),
         "lora_over_memory_processor_seconds": over(of_processor["lora"], of_processor["memory"]),
@@ -72,7 +87,7 @@ def main() -> None:
         "ratios": ratios,
         "target_heldout_f1": args.target,
         "num_facts": len(facts_of(args)),
-        "learning_rates": LEARNING_RATES,
+        "options": CONTENDERS,
         "seconds": reached,
         "processor_seconds": of_processor,
         "epochs_needed": {method: len(of) for method, of in epochs.items()},
@@ -88,7 +103,7 @@ def in_turn(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {
         method: subprocess.Popen([*command, "--worker", method, str(folder)], **pipes)
-        for method in LEARNING_RATES
+        for method in CONTENDERS
     }
     epochs: dict[str, list[dict[str, Any]]] = {method: [] for method in workers}
     running = dict(workers)
@@ -103,7 +118,7 @@ def in_turn(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
                 raise RuntimeError(f"the run of {method} failed, see above")
             epochs[method].append(json.loads(line))
             done = epochs[method][-1]
-            print(f"{method:8} epoch {len(epochs[method]):2}: {json.dumps(done)}", file=sys.stderr)
+            print(f"{method:11} epoch {len(epochs[method]):2}: {json.dumps(done)}", file=sys.stderr)
             if done["heldout_f1"] >= args.target or len(epochs[method]) == MAX_EPOCHS:
                 worker.stdin.close()
                 worker.wait()
@@ -111,9 +126,9 @@ def in_turn(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
     return epochs
 
 
-def work(args: argparse.Namespace, method: str, folder: str) -> None:
-    """Train one method, an epoch for each line on stdin."""
-    usage = None
+def work(args: argparse.Namespace, contender: str, folder: str) -> None:
+    """Train one contender, an epoch for each line on stdin."""
+    method, usage = contender.partition("_")[0], None
     if method == "memory":
         model, tokenizer = sparsemem.load(folder)
         usage = load_usage(Path(folder) / USAGE_FILE)
@@ -122,9 +137,14 @@ def work(args: argparse.Namespace, method: str, folder: str) -> None:
     facts = facts_of(args)
     config = sparsemem.FinetuneConfig(
         method=method,
-        learning_rate=LEARNING_RATES[method],
         num_epochs=MAX_EPOCHS,
+        # The mean that a row ends as depends on how many epochs there are: see `as_it_ends`.
+        average_from=1.0,
+        extrapolate=1.0,
+        **CONTENDERS[contender],
     )
+    epochs = Path(folder).parent / contender
+    epochs.mkdir()
     print("ready", flush=True)
     sys.stdin.readline()
     restart_peak()
@@ -137,7 +157,8 @@ def work(args: argparse.Namespace, method: str, folder: str) -> None:
             "processor_seconds": round(time.process_time() - processor, 2),
             "peak_bytes": peak_bytes(),
         }
-        done["heldout_f1"] = recall(trained, tokenizer, facts, "qa").heldout_f1
+        with as_it_ends(trained, epochs) if method == "memory" else contextlib.nullcontext():
+            done["heldout_f1"] = recall(trained, tokenizer, facts, "qa").heldout_f1
         print(json.dumps(done), flush=True)
         if not sys.stdin.readline():
             sys.exit()
@@ -145,6 +166,27 @@ def work(args: argparse.Namespace, method: str, folder: str) -> None:
         started, processor = time.perf_counter(), time.process_time()
 
     sparsemem.finetune(model, tokenizer, facts, usage, config, evaluate=ask)
+
+
+@contextlib.contextmanager
+def as_it_ends(model: Any, epochs: Path) -> Iterator[None]:
+    """Within this context a memory holds what it would if this epoch were its last.
+
+    Args:
+        model: The model, in training; it began with an empty memory.
+        epochs: Folder of what the written slots held after each epoch before; this one's are added. They
+            are no part of the method, and so not to be found in its memory.
+    """
+    (pool,) = pools(model).values()
+    pool.deactivate()  # the next step makes its rows active itself
+    slot_ids = pool.written_ids
+    number = len(list(epochs.iterdir())) + 1
+    torch.save(pool.current(slot_ids), epochs / f"{number}.pt")
+    config = sparsemem.FinetuneConfig()
+    last = range(math.floor(config.average_from * number) + 1, number + 1)
+    mean = sum(torch.load(epochs / f"{epoch}.pt") for epoch in last) / len(last)
+    with pool.overwritten(slot_ids, config.extrapolate * mean):
+        yield
 
 
 def facts_path() -> str:

@@ -57,7 +57,7 @@ def length_batches(
         yield batch, {key: value.to(device) for key, value in pad([sequences[i] for i in batch]).items()}
 
 
-def pad(sequences: list[list[int]], side: str = "right", value: int = 0) -> dict[str, Tensor]:
+def pad(sequences: Sequence[Sequence[int]], side: str = "right", value: int = 0) -> dict[str, Tensor]:
     """Pad token lists to one length.
 
     Args:

@@ -10,6 +10,7 @@ from sparsemem.data import Fact
 from sparsemem.evaluation.generate import answer_questions
 from sparsemem.evaluation.metrics import contains_answer, exact_match, f1, forgetting, mean_or_none
 from sparsemem.evaluation.probes import LOWER_IS_BETTER, Probe, ProbeScore, score_probe
+from sparsemem.evaluation.result_cache import ResultCache
 from sparsemem.prompts import PromptFormat
 
 PER_QUESTION = ("answers", "seen_scores", "heldout_scores")
@@ -62,6 +63,7 @@ def evaluate(
     *,
     prompt: PromptFormat = "qa",
     on_part: Callable[[str], None] | None = None,
+    results: ResultCache | None = None,
 ) -> Evaluation:
     """Measure what a model knows of some facts, and its probes.
 
@@ -72,15 +74,17 @@ def evaluate(
         probes: What must not be forgotten.
         prompt: How questions are asked, "qa" or "chat".
         on_part: Called with the name of each part before it starts.
+        results: Batches of an evaluation before, of the same model; what an update of its memory cannot
+            have changed does not run again.
     """
     if on_part and facts:
         on_part("facts")
-    fact_scores = recall(model, tokenizer, facts, prompt)
+    fact_scores = recall(model, tokenizer, facts, prompt, results=results)
     scores = {}
     for probe in probes:
         if on_part:
             on_part(probe.name)
-        scores[probe.name] = score_probe(model, tokenizer, probe, prompt)
+        scores[probe.name] = score_probe(model, tokenizer, probe, prompt, results)
     return Evaluation(fact_scores, scores)
 
 
@@ -96,6 +100,7 @@ def recall(
     facts: Sequence[Fact],
     prompt: PromptFormat,
     max_new_tokens: int | None = None,
+    results: ResultCache | None = None,
 ) -> FactScores:
     """Ask for every fact in its main trained wording and in all its held-out ones.
 
@@ -105,6 +110,7 @@ def recall(
         facts: What to ask for.
         prompt: How to ask.
         max_new_tokens: Where an answer is cut; by default at the longest right one.
+        results: As in `evaluate`.
     """
     seen = [(fact, fact.question) for fact in facts if fact.question]
     heldout = [(fact, question) for fact in facts for question in fact.heldout_questions]
@@ -115,6 +121,7 @@ def recall(
         asked,
         prompt=prompt,
         max_new_tokens=max_new_tokens or answer_tokens(tokenizer, facts),
+        results=results,
     )
     answers = dict(zip(asked, replies, strict=True))
 

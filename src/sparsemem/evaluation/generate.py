@@ -1,6 +1,7 @@
 """Short answers to many questions, greedily, the same whatever order they come in."""
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sparsemem.encode import pad
+from sparsemem.evaluation.result_cache import ResultCache, cached
 from sparsemem.prompts import SHOTS, PromptFormat, chat_prompt, check_format, qa_examples, qa_question
 
 
@@ -21,6 +23,7 @@ def answer_questions(
     prompt: PromptFormat = "qa",
     max_new_tokens: int = 16,
     batch_size: int = 32,
+    results: ResultCache | None = None,
 ) -> list[str]:
     """Answer questions closed-book.
 
@@ -34,6 +37,7 @@ def answer_questions(
         prompt: "qa" asks after five answered examples, "chat" in the model's chat template.
         max_new_tokens: Where an answer is cut.
         batch_size: Questions at a time.
+        results: Batches that ran before; see `ResultCache`.
 
     Returns:
         First line of each answer.
@@ -53,11 +57,13 @@ def answer_questions(
     order = sorted(distinct, key=lambda question: (len(encoded[question]), question))
     was_training = model.training
     model.eval()
-    cache = _prefix_cache(model, prefix)
+    cache = cached(results, model, ("prefix", *prefix), lambda: _prefix_cache(model, prefix))
     answers: dict[str, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        new_ids = _generate(model, tokenizer, prefix, cache, [encoded[q] for q in batch], max_new_tokens)
+        asked = tuple(tuple(encoded[q]) for q in batch)
+        run = functools.partial(_generate, model, tokenizer, prefix, cache, asked, max_new_tokens)
+        new_ids = cached(results, model, ("answers", asked, max_new_tokens), run, given=cache)
         for question, text in zip(
             batch, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True
         ):
@@ -82,7 +88,7 @@ def _generate(
     tokenizer: Any,
     prefix: list[int],
     cache: DynamicCache | None,
-    questions: list[list[int]],
+    questions: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> Tensor:
     device = next(model.parameters()).device

@@ -1,6 +1,7 @@
 """Probes: what must not be forgotten, as question sets, multiple choice, completions and plain text."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from sparsemem.encode import pad
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.evaluation.generate import answer_questions
 from sparsemem.evaluation.metrics import exact_match, f1, mean
+from sparsemem.evaluation.result_cache import ResultCache, cached
 from sparsemem.likelihood import IGNORE, label_log_probs
 from sparsemem.prompts import PromptFormat, qa_question
 
@@ -102,15 +104,22 @@ def load_probe(name: str, source: str) -> Probe:
     return Probe(name, questions=questions)
 
 
-def score_probe(model: nn.Module, tokenizer: Any, probe: Probe, prompt: PromptFormat = "qa") -> ProbeScore:
-    """Measure one probe."""
+def score_probe(
+    model: nn.Module,
+    tokenizer: Any,
+    probe: Probe,
+    prompt: PromptFormat = "qa",
+    results: ResultCache | None = None,
+) -> ProbeScore:
+    """Measure one probe; `results` as in `answer_questions`."""
     if probe.metric == "perplexity":
-        return perplexity(model, tokenizer, probe.texts)
+        return perplexity(model, tokenizer, probe.texts, results=results)
     if probe.metric == "nll":
-        return nll(model, tokenizer, probe.completions)
+        return nll(model, tokenizer, probe.completions, results=results)
     if probe.metric == "accuracy":
-        return multiple_choice(model, tokenizer, probe.questions)
-    answers = answer_questions(model, tokenizer, [q.question for q in probe.questions], prompt=prompt)
+        return multiple_choice(model, tokenizer, probe.questions, results=results)
+    questions = [q.question for q in probe.questions]
+    answers = answer_questions(model, tokenizer, questions, prompt=prompt, results=results)
     pairs = list(zip(answers, probe.questions, strict=True))
     scores = tuple(f1(answer, question.answers) for answer, question in pairs)
     return ProbeScore(
@@ -123,16 +132,24 @@ def score_probe(model: nn.Module, tokenizer: Any, probe: Probe, prompt: PromptFo
 
 
 def perplexity(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int = 512,
+    results: ResultCache | None = None,
 ) -> ProbeScore:
-    """Perplexity per token of texts, each read from its beginning and cut into `max_length` tokens."""
+    """Perplexity per token of texts, each read from its beginning and cut into `max_length` tokens.
+
+    `results` as in `answer_questions`.
+    """
     windows = [
         ids[start : start + max_length]
         for ids in tokenizer(list(texts))["input_ids"]
         for start in range(0, len(ids), max_length)
         if len(ids) - start > 1
     ]
-    log_probs = _log_probs(model, windows, [ids[1:] for ids in windows])
+    log_probs = _log_probs(model, windows, [ids[1:] for ids in windows], results)
     num_tokens = sum(len(ids) - 1 for ids in windows)
     if not num_tokens:
         raise DataError("the text has fewer than two tokens; give more")
@@ -140,7 +157,12 @@ def perplexity(
 
 
 def nll(
-    model: nn.Module, tokenizer: Any, completions: Sequence[Completion], *, max_length: int = 1024
+    model: nn.Module,
+    tokenizer: Any,
+    completions: Sequence[Completion],
+    *,
+    max_length: int = 1024,
+    results: ResultCache | None = None,
 ) -> ProbeScore:
     """Negative log-likelihood per token of completions given their prompts; each counts the same.
 
@@ -155,6 +177,7 @@ def nll(
         tokenizer: Its tokenizer, of the fast kind.
         completions: What to score.
         max_length: Tokens of prompt and completion together; what is longer is cut at the right.
+        results: As in `answer_questions`.
 
     Returns:
         Nats per token; `scores` in the order given.
@@ -176,15 +199,18 @@ def nll(
             )
         sequences.append(ids[: inside[-1] + 1])
         targets.append(ids[inside[0] : inside[-1] + 1])
-    log_probs = _log_probs(model, sequences, targets)
+    log_probs = _log_probs(model, sequences, targets, results)
     scores = tuple(-total / len(target) for total, target in zip(log_probs, targets, strict=True))
     return ProbeScore("nll", mean(scores), len(scores), scores=scores)
 
 
-def multiple_choice(model: nn.Module, tokenizer: Any, questions: Sequence[Question]) -> ProbeScore:
+def multiple_choice(
+    model: nn.Module, tokenizer: Any, questions: Sequence[Question], *, results: ResultCache | None = None
+) -> ProbeScore:
     """Accuracy of the likeliest choice, its log-probability divided by its length in bytes.
 
     That is `acc_norm` of lm-evaluation-harness, so that long choices are not at a disadvantage.
+    `results` as in `answer_questions`.
     """
     sequences, targets, lengths = [], [], []
     for question in questions:
@@ -194,7 +220,7 @@ def multiple_choice(model: nn.Module, tokenizer: Any, questions: Sequence[Questi
             sequences.append(prompt + target)
             targets.append(target)
             lengths.append(len(choice.encode()))
-    totals = _log_probs(model, sequences, targets)
+    totals = _log_probs(model, sequences, targets, results)
     per_byte = iter(total / length for total, length in zip(totals, lengths, strict=True))
     right = []
     for question in questions:
@@ -206,7 +232,11 @@ def multiple_choice(model: nn.Module, tokenizer: Any, questions: Sequence[Questi
 
 @torch.no_grad()
 def _log_probs(
-    model: nn.Module, sequences: Sequence[list[int]], targets: Sequence[list[int]], max_tokens: int = 4096
+    model: nn.Module,
+    sequences: Sequence[list[int]],
+    targets: Sequence[list[int]],
+    results: ResultCache | None = None,
+    max_tokens: int = 4096,
 ) -> list[float]:
     """Sum the log-probability of the target at the end of each sequence.
 
@@ -214,20 +244,29 @@ def _log_probs(
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), sequences[i], len(targets[i])))
-    results = [0.0] * len(sequences)
+    totals = [0.0] * len(sequences)
     while order:
         size = max(1, max_tokens // len(sequences[order[-1]]))
         batch, order = order[-size:], order[:-size]
-        padded = pad([sequences[i] for i in batch])
-        labels = torch.full_like(padded["input_ids"], IGNORE)
-        for row, i in enumerate(batch):
-            end = len(sequences[i])
-            labels[row, end - len(targets[i]) : end] = torch.tensor(targets[i])
-        inputs = padded["input_ids"], padded["attention_mask"], labels
-        log_probs = label_log_probs(model, *(tensor.to(device) for tensor in inputs))
-        for i, part in zip(batch, log_probs.split([len(targets[i]) for i in batch]), strict=True):
-            results[i] = part.double().sum().item()
+        rows = tuple((tuple(sequences[i]), tuple(targets[i])) for i in batch)
+        run = functools.partial(_log_probs_of_batch, model, rows)
+        of_batch = cached(results, model, ("log_probs", rows), run)
+        for i, total in zip(batch, of_batch, strict=True):
+            totals[i] = total
     model.train(was_training)
-    return results
+    return totals
+
+
+def _log_probs_of_batch(
+    model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> list[float]:
+    """As `_log_probs`, of pairs of a sequence and its target."""
+    device = next(model.parameters()).device
+    padded = pad([sequence for sequence, _ in rows])
+    labels = torch.full_like(padded["input_ids"], IGNORE)
+    for row, (sequence, target) in enumerate(rows):
+        labels[row, len(sequence) - len(target) : len(sequence)] = torch.tensor(target)
+    inputs = padded["input_ids"], padded["attention_mask"], labels
+    log_probs = label_log_probs(model, *(tensor.to(device) for tensor in inputs))
+    return [part.double().sum().item() for part in log_probs.split([len(target) for _, target in rows])]

@@ -11,6 +11,7 @@ from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
 from sparsemem.evaluation.evaluate import Evaluation, compare, evaluate
 from sparsemem.evaluation.probes import Probe, load_probe, load_probes
+from sparsemem.evaluation.result_cache import ResultCache
 from sparsemem.memory.attach import memory_layers
 from sparsemem.prompts import PromptFormat
 from sparsemem.slots.usage import Usage
@@ -87,6 +88,7 @@ def measure(
     facts: Sequence[Fact],
     probes: Sequence[Probe],
     prompt: PromptFormat,
+    results: ResultCache | None = None,
 ) -> Evaluation:
     """Run `evaluate` behind a progress bar with that title; all processes have what the main one found."""
     total = len(probes) + bool(facts)
@@ -100,6 +102,7 @@ def measure(
                 probes,
                 prompt=prompt,
                 on_part=lambda name: step(next(done), total, name),
+                results=results,
             ),
             model,
         )

@@ -12,6 +12,7 @@ from sparsemem.data import Fact
 from sparsemem.evaluation.evaluate import Evaluation, recall
 from sparsemem.evaluation.metrics import mean_or_none
 from sparsemem.evaluation.probes import Probe, ProbeScore
+from sparsemem.evaluation.result_cache import ResultCache
 from sparsemem.memory.attach import pools
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.memory.shard import shard
@@ -79,6 +80,7 @@ class Session:
             if fsdp:
                 shard(self.model, loading.device)
         self._probes_now: dict[str, ProbeScore] = {}
+        self._results = ResultCache()
 
     def attempt(
         self,
@@ -102,12 +104,13 @@ class Session:
         """
         known = self._probes_now
         asked = [probe for probe in probes if probe.name not in known]
-        before = measure("measure before", self.model, self.tokenizer, facts, asked, prompt)
+        results = self._results if config.method == "memory" else None
+        before = measure("measure before", self.model, self.tokenizer, facts, asked, prompt, results)
         scores = {probe.name: {**known, **before.probes}[probe.name] for probe in probes}
         started = time.perf_counter()
         result = train(self.model, self.tokenizer, facts, self.usage, config, background)
         seconds = time.perf_counter() - started
-        after = measure("measure after", result.model, self.tokenizer, facts, probes, prompt)
+        after = measure("measure after", result.model, self.tokenizer, facts, probes, prompt, results)
         self._probes_now = scores
         again = self._ask_again(earlier, prompt) if earlier else ()
         report = {
