@@ -38,9 +38,10 @@ from sparsemem.memory.base_model import fingerprint
 from sparsemem.memory.checkpoint import base_weights
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.store.commits import fact_rows
+from sparsemem.study.base_scores import base_scores
 from sparsemem.study.measure import BUILT_IN_PROBE, built_in_probe
 from sparsemem.study.provenance import peak_bytes, provenance
-from sparsemem.study.run import RunSpec, attached_folder, base_scores
+from sparsemem.study.run import RunSpec, attached_folder
 
 HERE = Path(__file__).resolve().parent
 EVERY_FICTIONAL = 5
@@ -96,7 +97,10 @@ def run(args: argparse.Namespace, batches: list[Facts], work: Path) -> dict[str,
     )
     (nq,) = load_probes([f"nq={args.data_dir / args.nq}.jsonl"])
     learner = Memory(work, spec) if args.method == "memory" else Weights(work, spec, args.method)
-    start = base_scores(learner.model, learner.tokenizer, [], [*probes, nq], spec, CACHE).probes
+    before, results = base_scores(
+        learner.model, learner.tokenizer, [], [*probes, nq], spec.prompt, spec.eval_dtype, CACHE
+    )
+    start = before.probes
     model_sha = fingerprint(base_weights(learner.model))
     done = read_json(work / PROGRESS) if (work / PROGRESS).is_file() else nothing_done(start, probes)
     learner.resume(len(done["then"]))
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace, batches: list[Facts], work: Path) -> dict[str,
         done["seconds"].append(round(time.perf_counter() - began, 1))
         done["then"].append(learner.recall(facts))
         done["matrix"].append([learner.recall(earlier[: args.asked]) for earlier in batches[:number]])
-        scores = {probe.name: score_probe(learner.model, learner.tokenizer, probe, "qa") for probe in probes}
+        scores = {p.name: score_probe(learner.model, learner.tokenizer, p, "qa", results) for p in probes}
         done["probes"].append(values(start, scores, probes))
         done["commits"].append(provenance()["commit"])
         write_json(work / PROGRESS, done)
@@ -114,7 +118,7 @@ def run(args: argparse.Namespace, batches: list[Facts], work: Path) -> dict[str,
             f"{args.method} {number}: {done['then'][-1]:.3f}; {[f'{r:.2f}' for r in done['matrix'][-1]]}"
         )
     at_end = [learner.recall(facts) for facts in batches]
-    nq_at_end = score_probe(learner.model, learner.tokenizer, nq, "qa")
+    nq_at_end = score_probe(learner.model, learner.tokenizer, nq, "qa", results)
     return {
         "config": {
             "method": args.method,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsemem.evaluation.generate import answer_questions as answer_questions
     from sparsemem.evaluation.probes import Probe as Probe
     from sparsemem.evaluation.probes import load_probes as load_probes
+    from sparsemem.evaluation.result_cache import ResultCache as ResultCache
     from sparsemem.memory.attach import attach_memory as attach_memory
     from sparsemem.memory.attach import detach_memory as detach_memory
     from sparsemem.memory.attach import memory_layers as memory_layers
@@ -50,6 +51,7 @@ _HOMES = {
     "sparsemem.evaluation.evaluate": ("Evaluation", "compare", "evaluate"),
     "sparsemem.evaluation.generate": ("answer_questions",),
     "sparsemem.evaluation.probes": ("Probe", "load_probes"),
+    "sparsemem.evaluation.result_cache": ("ResultCache",),
     "sparsemem.memory.attach": ("attach_memory", "detach_memory", "memory_layers", "pools"),
     "sparsemem.memory.base_model": ("load_base_model",),
     "sparsemem.memory.checkpoint": ("save",),

@@ -156,3 +156,20 @@ def test_what_has_no_room_runs_again(model, tiny_tokenizer, texts, num_kept):
     with counted(model) as passes:
         assert likelihoods(model, tiny_tokenizer, texts[:4], results) == expected
     assert len(passes) == 4 - num_kept
+
+
+@torch.no_grad()
+def test_it_can_be_kept_in_a_file(model, tiny_tokenizer, texts, tmp_path):
+    results = ResultCache()
+    before = likelihoods(model, tiny_tokenizer, texts, results), answers(model, tiny_tokenizer, results)
+    results.save(tmp_path / "folder" / "results.pt")
+    loaded = ResultCache.load(tmp_path / "folder" / "results.pt")
+    assert loaded.free_bytes == results.free_bytes
+    with counted(model) as passes:
+        assert before == (
+            likelihoods(model, tiny_tokenizer, texts, loaded),
+            answers(model, tiny_tokenizer, loaded),
+        )
+    assert not passes
+    teach(model, tiny_tokenizer, texts[47])
+    assert likelihoods(model, tiny_tokenizer, texts, loaded) == likelihoods(model, tiny_tokenizer, texts)

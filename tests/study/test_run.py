@@ -16,6 +16,7 @@ from sparsemem.files import read_json, write_json, write_jsonl
 from sparsemem.memory.attach import memory_layers, pools
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import read_header
+from sparsemem.study import base_scores
 from sparsemem.study import run as run_module
 from sparsemem.study.learn import learn
 from sparsemem.study.provenance import data_sha
@@ -42,14 +43,15 @@ def run(spec, cache):
 def calls(monkeypatch):
     """Names of the slow parts that were run, with what they were given."""
     made = []
-    for name in ("attach_to_folder", "measure", "train"):
-        original = getattr(run_module, name)
+    parts = [(run_module, "attach_to_folder"), (base_scores, "measure"), (run_module, "train")]
+    for module, name in (*parts, (run_module, "measure")):
+        original = getattr(module, name)
 
         def record(*args, name=name, original=original, **options):
             made.append((name, args))
             return original(*args, **options)
 
-        monkeypatch.setattr(run_module, name, record)
+        monkeypatch.setattr(module, name, record)
     return made
 
 
@@ -103,6 +105,16 @@ def test_runs_share_the_memory_and_what_was_measured_before(spec, run, calls):
     calls.clear()
     run(num_facts=2, memory={**spec.memory, "top_k": 2})
     assert titles(calls) == ["attach_to_folder", "measure before", "train", "measure after"]
+
+
+def test_what_is_kept_of_a_memory_changes_no_score(spec, run, cache):
+    first = run()
+    kept = list((cache / "scores").glob("*.pt"))
+    assert len(kept) == 1
+    assert run()["scores"] == first["scores"]
+    kept[0].unlink()  # as a baseline leaves it, which has nothing to keep
+    assert run()["scores"] == first["scores"]
+    assert kept[0].is_file()
 
 
 def test_a_baseline_trains_the_model_as_it_came(spec, run, calls):

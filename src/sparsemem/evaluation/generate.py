@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sparsemem.encode import pad
-from sparsemem.evaluation.result_cache import ResultCache, cached
+from sparsemem.evaluation.result_cache import ResultCache
 from sparsemem.prompts import SHOTS, PromptFormat, chat_prompt, check_format, qa_examples, qa_question
 
 
@@ -57,13 +57,15 @@ def answer_questions(
     order = sorted(distinct, key=lambda question: (len(encoded[question]), question))
     was_training = model.training
     model.eval()
-    cache = cached(results, model, ("prefix", *prefix), lambda: _prefix_cache(model, prefix))
+    shared = ("prefix", *prefix)
+    read_prefix = functools.partial(_prefix_cache, model, prefix)
+    cache = results.watch(model, shared, read_prefix) if results else read_prefix()
     answers: dict[str, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         asked = tuple(tuple(encoded[q]) for q in batch)
         run = functools.partial(_generate, model, tokenizer, prefix, cache, asked, max_new_tokens)
-        new_ids = cached(results, model, ("answers", asked, max_new_tokens), run, given=cache)
+        new_ids = results.get(model, (shared, asked, max_new_tokens), run, shared) if results else run()
         for question, text in zip(
             batch, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True
         ):

@@ -15,7 +15,7 @@ from sparsemem.encode import pad
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.evaluation.generate import answer_questions
 from sparsemem.evaluation.metrics import exact_match, f1, mean
-from sparsemem.evaluation.result_cache import ResultCache, cached
+from sparsemem.evaluation.result_cache import ResultCache
 from sparsemem.likelihood import IGNORE, label_log_probs
 from sparsemem.prompts import PromptFormat, qa_question
 
@@ -251,7 +251,7 @@ def _log_probs(
         batch, order = order[-size:], order[:-size]
         rows = tuple((tuple(sequences[i]), tuple(targets[i])) for i in batch)
         run = functools.partial(_log_probs_of_batch, model, rows)
-        of_batch = cached(results, model, ("log_probs", rows), run)
+        of_batch = results.get(model, rows, run) if results else run()
         for i, total in zip(batch, of_batch, strict=True):
             totals[i] = total
     model.train(was_training)

@@ -3,12 +3,10 @@
 python -m sparsemem.study.run SPEC.json RESULT.json CACHE
 """
 
-import copy
 import dataclasses
 import hashlib
 import inspect
 import itertools
-import json
 import random
 import sys
 import time
@@ -23,11 +21,11 @@ from sparsemem import console
 from sparsemem.config import FinetuneConfig, MemoryConfig, applicable, from_json, to_json
 from sparsemem.data import Fact, load_facts, load_texts
 from sparsemem.errors import ConfigError, DataError, OutputError
-from sparsemem.evaluation.evaluate import Evaluation, FactScores, answer_tokens, recall
+from sparsemem.evaluation.evaluate import Evaluation, answer_tokens, recall
 from sparsemem.evaluation.metrics import f1, mean_or_none
-from sparsemem.evaluation.probes import Probe, ProbeScore, load_probes
+from sparsemem.evaluation.probes import load_probes
 from sparsemem.files import read_json, write_json
-from sparsemem.memory.attach import memory_layers, pools
+from sparsemem.memory.attach import pools
 from sparsemem.memory.base_model import fingerprint, load_base_model
 from sparsemem.memory.checkpoint import FORMAT_VERSION, base_weights
 from sparsemem.memory.delta import SparseDelta
@@ -35,14 +33,13 @@ from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.store.load import load
 from sparsemem.study.attach import attach_to_folder
+from sparsemem.study.base_scores import DTYPES, base_scores, digest, in_dtype
 from sparsemem.study.measure import measure, metrics, num_base_values, train
 from sparsemem.study.provenance import peak_bytes, provenance
 from sparsemem.training.finetune import build_examples
 
 KNOWN_FROM = 0.5
 """F1 from which the base model counts as knowing a fact."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 ATTACH_DEFAULTS = {
     parameter.name: parameter.default
@@ -191,16 +188,17 @@ def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
     facts, probes, background = spec.load_facts(), load_probes(spec.probes), spec.load_background()
     model, tokenizer, usage = _load(spec, background, cache)
     if spec.known_wrong_only:
-        facts = _unknown(base_scores(model, tokenizer, facts, [], spec, cache), facts)
+        known, _ = base_scores(model, tokenizer, facts, [], spec.prompt, spec.eval_dtype, cache)
+        facts = _unknown(known, facts)
     if config.stream:
         _check_stream(tokenizer, facts, usage, config)
-    before = base_scores(model, tokenizer, facts, probes, spec, cache)
+    before, results = base_scores(model, tokenizer, facts, probes, spec.prompt, spec.eval_dtype, cache)
     num_base, model_sha = num_base_values(model), fingerprint(base_weights(model))
     exact_sha = _exact_sha(model) if config.method == "memory" else ""
     stream = _Stream(tokenizer, facts, spec) if config.stream else None
     result = train(model, tokenizer, facts, usage, config, background, stream.ask if stream else None)
-    trained = _in_dtype(result.model, spec.eval_dtype)
-    after = measure("measure after", trained, tokenizer, facts, probes, spec.prompt)
+    trained = in_dtype(result.model, spec.eval_dtype)
+    after = measure("measure after", trained, tokenizer, facts, probes, spec.prompt, results)
     values = {
         **metrics(before, after, result, num_base),
         "train_seconds": round(result.seconds, 1),
@@ -278,41 +276,9 @@ def _check_stream(tokenizer: Any, facts: Sequence[Fact], usage: Usage | None, co
         )
 
 
-def base_scores(
-    model: nn.Module,
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    probes: Sequence[Probe],
-    spec: RunSpec,
-    cache: Path,
-) -> Evaluation:
-    """Measure a model that has learned nothing yet, or read what an earlier run measured."""
-    key = _digest(
-        fingerprint(base_weights(model)),
-        # A memory beside the network is silent until it learns; one in its place is another model.
-        [layer.block_index for layer in memory_layers(model) if layer.replaced],
-        [[fact.question, fact.answers, fact.heldout_questions] for fact in facts],
-        [dataclasses.asdict(probe) for probe in probes],
-        [field.name for cls in (FactScores, ProbeScore) for field in dataclasses.fields(cls)],
-        spec.prompt,
-        spec.eval_dtype,
-        next(model.parameters()).device.type,
-    )
-    path = cache / "scores" / f"{key}.json"
-    if not path.is_file():
-        before = _in_dtype(model, spec.eval_dtype)
-        scores = measure("measure before", before, tokenizer, facts, probes, spec.prompt)
-        write_json(path, dataclasses.asdict(scores))
-    values = read_json(path)
-    return Evaluation(
-        facts=from_json(FactScores, values["facts"], path),
-        probes={name: from_json(ProbeScore, score, path) for name, score in values["probes"].items()},
-    )
-
-
 def attached_folder(spec: RunSpec, background: Sequence[str], cache: Path) -> Path:
     """Attach the memory of a run, or return the folder where an earlier run did."""
-    key = _digest(
+    key = digest(
         FORMAT_VERSION, spec.model, to_json(spec.memory_config), spec.attach_options, list(background)
     )
     folder = cache / "memories" / key
@@ -347,10 +313,6 @@ def _unknown(scores: Evaluation, facts: Sequence[Fact]) -> list[Fact]:
     return unknown
 
 
-def _in_dtype(model: nn.Module, dtype: str) -> nn.Module:
-    return model if dtype == "float32" else copy.deepcopy(model).to(DTYPES[dtype])
-
-
 def _is_sparse(model: nn.Module, delta: SparseDelta, sha_before: str) -> bool:
     """Whether an update of a fresh memory left all but the rows it recorded bit-identical."""
     for name, pool in pools(model).items():
@@ -376,10 +338,6 @@ def _question_scores(scores: Evaluation) -> dict[str, Any]:
         "heldout": list(scores.facts.heldout_scores),
         "probes": {name: list(probe.scores) for name, probe in scores.probes.items() if probe.scores},
     }
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def main(argv: Sequence[str]) -> int:
