@@ -143,7 +143,7 @@ def work(args: argparse.Namespace, contender: str, folder: str) -> None:
         extrapolate=1.0,
         **CONTENDERS[contender],
     )
-    epochs = Path(folder).parent / contender
+    epochs = Path(folder).parent / f"epochs of {contender}"
     epochs.mkdir()
     print("ready", flush=True)
     sys.stdin.readline()
