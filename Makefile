@@ -27,7 +27,7 @@ bench: .venv/dev .venv/demo  ## speed, beside the committed one; learn.py takes 
 
 # Settings of the committed results that were best for each method.
 HEADLINE := ^(memory|full\.learning_rate-0\.0001|lora\.learning_rate-0\.001)\.seed-0
-headline: .venv/dev .venv/demo  ## 100 facts by three methods, about an hour on 2 cores; needs ../shared/data
+headline: .venv/dev .venv/demo  ## 100 facts by three methods, one to three hours on 2 cores; needs ../shared/data
 	$(BIN)/python experiments/prepare.py
 	$(BIN)/python experiments/run.py facts --jobs 2 --only '$(HEADLINE)' --out build/headline
 	$(BIN)/python experiments/table.py facts --beside build/headline
