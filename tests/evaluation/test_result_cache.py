@@ -13,7 +13,7 @@ from sparsemem.data import Completion
 from sparsemem.evaluation.generate import answer_questions
 from sparsemem.evaluation.probes import nll
 from sparsemem.evaluation.result_cache import ResultCache
-from sparsemem.memory.attach import attach_memory, memory_layers, pools
+from sparsemem.memory.attach import attach_memory, memory_layers, observe_reads, pools
 from sparsemem.prompts import SHOTS, qa_examples
 
 QUESTIONS = [
@@ -60,13 +60,11 @@ def teach(model, tokenizer, text, size=30.0, num_layers=2):
     tokens = tokenizer(text)["input_ids"]
     place = next((i for i, token in enumerate(tokens) if tokenizer.decode(token).strip().isdigit()), -1)
     for layer in itertools.islice(memory_layers(model), num_layers):
-        found = []
-        handle = layer.register_forward_pre_hook(lambda _, args, found=found: found.append(args[0]))
-        layer.before_read = lambda *_: None  # an empty memory is not asked otherwise
-        model(torch.tensor([tokens]))
-        handle.remove()
-        layer.before_read = None
-        slot_ids = layer.lookup(found[0])[0][0, place].unique()
+        read = {}
+        observe_reads(
+            model, lambda asked, reads, r=read: r.update({asked: reads}), input_ids=torch.tensor([tokens])
+        )
+        slot_ids = read[layer].slot_ids[0, place].unique()
         row = size * torch.randn(1, layer.pool.value_dim, generator=torch.Generator().manual_seed(0))
         pools(model)[layer.pool_name].write(slot_ids, row, torch.zeros(len(slot_ids), dtype=torch.int64))
 

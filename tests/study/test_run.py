@@ -43,8 +43,11 @@ def run(spec, cache):
 def calls(monkeypatch):
     """Names of the slow parts that were run, with what they were given."""
     made = []
-    parts = [(run_module, "attach_to_folder"), (base_scores, "measure"), (run_module, "train")]
-    for module, name in (*parts, (run_module, "measure")):
+    parts = [
+        (base_scores, "measure"),
+        *((run_module, name) for name in ("attach_to_folder", "measure", "train")),
+    ]
+    for module, name in parts:
         original = getattr(module, name)
 
         def record(*args, name=name, original=original, **options):

@@ -178,7 +178,7 @@ class ObjectStore:
         try:
             for path in list(self.incoming.glob("*")) + list(self.incoming.glob(".*.part")):
                 if path.stem in known:
-                    target = self._settled(path.stem)
+                    target = Path(self._settled(path.stem))
                     target.parent.mkdir(parents=True, exist_ok=True)
                     path.replace(target)
                 else:
@@ -193,7 +193,7 @@ class ObjectStore:
     def path(self, sha: str) -> Path:
         """Where an object is, or would be."""
         incoming = self.incoming / f"{sha}.safetensors"
-        settled = self._settled(sha)
+        settled = Path(self._settled(sha))
         # The place it comes from first: it may move between two looks, and only in one direction.
         return incoming if incoming.is_file() and not settled.is_file() else settled
 
@@ -211,7 +211,7 @@ class ObjectStore:
 
     def _checked(self, sha: str) -> tuple[bytes, dict[str, StoredRows]]:
         # Paths as text: of 10,000 objects, making `Path`s would take as long as their SHA-256.
-        settled = f"{self.objects}{os.sep}{sha[:2]}{os.sep}{sha}.safetensors"
+        settled = self._settled(sha)
         incoming = f"{self.incoming}{os.sep}{sha}.safetensors"
         # It may move between two looks, and only in one direction.
         for path in (settled, incoming, settled):
@@ -234,5 +234,5 @@ class ObjectStore:
         path.unlink()
         return num_bytes
 
-    def _settled(self, sha: str) -> Path:
-        return self.objects / sha[:2] / f"{sha}.safetensors"
+    def _settled(self, sha: str) -> str:
+        return f"{self.objects}{os.sep}{sha[:2]}{os.sep}{sha}.safetensors"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparsemem.config import from_json, to_json
@@ -18,12 +17,10 @@ from sparsemem.evaluation.probes import Probe, ProbeScore
 from sparsemem.evaluation.result_cache import ResultCache
 from sparsemem.files import read_json, write_json
 from sparsemem.memory.attach import memory_config, memory_layers
-from sparsemem.memory.base_model import fingerprint
+from sparsemem.memory.base_model import fingerprint, torch_dtype
 from sparsemem.memory.checkpoint import base_weights
 from sparsemem.prompts import PromptFormat
 from sparsemem.study.measure import measure
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def base_scores(
@@ -43,7 +40,7 @@ def base_scores(
         facts: What will be taught.
         probes: What must not be forgotten.
         prompt: How questions are asked.
-        dtype: Precision to measure in, a key of `DTYPES`.
+        dtype: Precision to measure in, "float32" or another.
         cache: Folder for what runs share.
 
     Returns:
@@ -85,8 +82,8 @@ def base_scores(
 
 
 def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
-    """Return a model, or a copy of it in another precision, a key of `DTYPES`."""
-    return model if dtype == "float32" else copy.deepcopy(model).to(DTYPES[dtype])
+    """Return a model, or a copy of it in another precision."""
+    return model if dtype == "float32" else copy.deepcopy(model).to(torch_dtype(dtype))
 
 
 def digest(*parts: Any) -> str:

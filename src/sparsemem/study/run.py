@@ -33,13 +33,15 @@ from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.store.load import load
 from sparsemem.study.attach import attach_to_folder
-from sparsemem.study.base_scores import DTYPES, base_scores, digest, in_dtype
+from sparsemem.study.base_scores import base_scores, digest, in_dtype
 from sparsemem.study.measure import measure, metrics, num_base_values, train
 from sparsemem.study.provenance import peak_bytes, provenance
 from sparsemem.training.finetune import build_examples
 
 KNOWN_FROM = 0.5
 """F1 from which the base model counts as knowing a fact."""
+
+EVAL_DTYPES = ("float32", "bfloat16")
 
 ATTACH_DEFAULTS = {
     parameter.name: parameter.default
@@ -85,8 +87,10 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         check_format(self.prompt)
-        if self.eval_dtype not in DTYPES:
-            raise ConfigError(f"eval_dtype={self.eval_dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if self.eval_dtype not in EVAL_DTYPES:
+            raise ConfigError(
+                f"eval_dtype={self.eval_dtype!r} is unknown; use one of {', '.join(EVAL_DTYPES)}"
+            )
         if self.first_fact < 0 or (self.num_facts is not None and self.num_facts < 1):
             raise ConfigError(
                 f"first_fact={self.first_fact} and num_facts={self.num_facts} are no slice; "

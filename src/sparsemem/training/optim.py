@@ -86,7 +86,7 @@ class SlotOptimizer(torch.optim.Optimizer):
             if grad is None:  # this process had nothing to run
                 grad = torch.zeros_like(pool.active)
             of_facts = pool.selection.tags >= pool.num_slots
-            before_AV = pool.active[of_facts].clone()
+            before_AV = pool.active[of_facts]  # a copy
             state = _State(self.row_state[name], pool.selection.tags)
             self.update(pool.active, distributed.summed(grad), state, self.param_groups[0])
             state.save()
