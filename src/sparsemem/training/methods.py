@@ -20,7 +20,7 @@ from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
 from sparsemem.training.examples import Batch, Example, FactBatch, collate, collate_parts, own_share, whole
 from sparsemem.training.optim import SlotOptimizer
-from sparsemem.training.prefix import PrefixCache
+from sparsemem.training.prefix import Forward, PrefixCache
 
 
 def _ends(marks: Tensor) -> Tensor:
@@ -118,9 +118,12 @@ class SparseMemory:
             yield
 
     @contextlib.contextmanager
-    def part(self, batch: Batch) -> Iterator[Batch]:
-        """Within this context a forward pass runs only what of `batch` can change; yields what that is."""
-        with self.cache.resume(batch) as run:
+    def part(self, batch: Batch, forward: Forward) -> Iterator[Batch]:
+        """Within this context a forward pass runs only what of `batch` can change; yields what that is.
+
+        Passes that it runs itself are run within `forward`.
+        """
+        with self.cache.resume(batch, forward) as run:
             yield run
 
     def num_run(self, example: Example) -> int:
@@ -303,7 +306,7 @@ class DenseWeights:
         """Nothing to choose."""
         return contextlib.nullcontext()
 
-    def part(self, batch: Batch) -> contextlib.AbstractContextManager[Batch]:
+    def part(self, batch: Batch, _forward: Forward) -> contextlib.AbstractContextManager[Batch]:
         """Everything can change."""
         return contextlib.nullcontext(batch)
 

@@ -37,42 +37,38 @@ class PastCache:
     def __init__(self, model: nn.Module, num_skipped: int, num_blocks: int, shelf: Shelf) -> None:
         self.num_skipped, self.num_blocks, self.shelf = num_skipped, num_blocks, shelf
         self.is_possible = _knows_past(model)
-        self._is_full = False
         self._kept: dict[Example, Past] = {}
 
     def start(self, example: Example) -> int:
         """Return the tokens of an example of which keys and values are kept."""
         return example.start if example in self._kept else 0
 
-    def lacks_some(self, batch: Batch) -> bool:
-        """Whether a pass of whole examples should be given a cache to fill, and `keep` that."""
-        new = any(example.start and example not in self._kept for example in batch.examples)
-        return new and self.is_possible and not self._is_full
+    def lacks(self, example: Example) -> bool:
+        """Whether keys and values of an example are not kept, and could be."""
+        return self.is_possible and not self.shelf.is_full and example.start > 0 and example not in self._kept
 
-    def keep(self, batch: Batch, filled: Cache, is_fixed: Sequence[bool]) -> None:
-        """Take over what a pass of whole examples filled in, as long as there is room.
+    def begun(self, batch: Batch) -> Batch:
+        """Cut whole examples off at the last of their starts; a pass then fills in what `keep` takes over."""
+        end = max(example.start for example in batch.examples)
+        tensors = ("input_ids", "attention_mask", "labels", "is_subject")
+        cut = {name: getattr(batch, name)[:, :end] for name in tensors}
+        return dataclasses.replace(batch, **cut, past=DynamicCache())
 
-        Args:
-            batch: The examples.
-            filled: What the pass added to an empty cache.
-            is_fixed: Of which examples it will stay as it is.
-        """
-        layers = filled.layers[self.num_skipped : self.num_blocks]
+    def keep(self, begun: Batch) -> None:
+        """Take over the keys and values of what comes before the starts, as long as there is room."""
+        assert begun.past is not None
+        layers = begun.past.layers[self.num_skipped : self.num_blocks]
         states = [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
         shapes = {(keys.shape, values.shape) for keys, values in states}
         is_each = len(states) == self.num_blocks - self.num_skipped and len(shapes) == 1
-        if not is_each or states[0][0].shape[-2] != batch.num_tokens:
+        if not is_each or states[0][0].shape[-2] != begun.num_tokens:
             self.is_possible = False  # some blocks have others' keys, or none
             return
-        for row, (example, fixed) in enumerate(zip(batch.examples, is_fixed, strict=True)):
-            if not fixed or not example.start or example in self._kept:
-                continue
+        for row, example in enumerate(begun.examples):
             of_blocks = ([tensor[row, :, : example.start] for tensor in pair] for pair in states)
             past = self.shelf.put([torch.stack(tensors) for tensors in zip(*of_blocks, strict=True)])
-            if past is None:
-                self._is_full = True
-                return
-            self._kept[example] = Past(*past)
+            if past is not None:
+                self._kept[example] = Past(*past)
 
     def behind(self, batch: Batch, starts: Sequence[int]) -> Batch:
         """Cut off the tokens before the starts, and put what is kept of them in their place."""

@@ -1,21 +1,27 @@
 """Run only what can change: blocks below the memory, its reads, and tokens before a name run once."""
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from sparsemem.memory.attach import find_blocks, memory_config, memory_layers
-from sparsemem.training.examples import Batch, Example, whole
+from sparsemem import distributed
+from sparsemem.likelihood import log_probs_at
+from sparsemem.memory.attach import find_blocks, memory_config, memory_layers, observe_reads
+from sparsemem.training.examples import Batch, Example, collate_parts, whole
 from sparsemem.training.past import PastCache
 from sparsemem.training.shelf import Shelf
 
 Reads = tuple[Tensor, ...]
 """Slot ids and weights, as `MemoryLayer.lookup` returns them."""
+Forward = Callable[[int], contextlib.AbstractContextManager[None]]
+"""Context of a forward pass over sequences of so many tokens."""
+
+
+def _as_it_is(_num_tokens: int) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 class PrefixCache:
@@ -35,6 +41,7 @@ class PrefixCache:
     """
 
     def __init__(self, model: nn.Module, max_bytes: int = 2 * 1024**3) -> None:
+        self.model = model
         layers = [*memory_layers(model)]
         self.layer = min(layers, key=lambda layer: layer.block_index)
         blocks = find_blocks(model, memory_config(model).blocks)
@@ -43,6 +50,7 @@ class PrefixCache:
         self.past = PastCache(model, len(self.skipped), len(blocks), self.shelf)
         # Above a second memory layer a token may change that the first has no answer to.
         self.past.is_possible &= len(layers) == 1
+        self._tries_past = self.past.is_possible  # the same in every process, whatever one of them meets
         self._states: dict[Example, Reads] = {}
         self._reads: dict[Example, Reads] = {}
         self._returns_tuple = False
@@ -52,18 +60,49 @@ class PrefixCache:
         return whole(example) - (example.start if self.past.is_possible else 0)
 
     @contextlib.contextmanager
-    def resume(self, batch: Batch) -> Iterator[Batch]:
-        """Run what this yields in place of `batch`: its tokens that can change, behind those that cannot."""
-        starts, run, filled = self._starts(batch), batch, None
-        if any(starts):
-            run = self.past.behind(batch, starts)
-        elif self.past.lacks_some(batch):
-            filled = DynamicCache()
-            run = dataclasses.replace(batch, past=filled)
+    def resume(self, batch: Batch, forward: Forward = _as_it_is) -> Iterator[Batch]:
+        """Run what this yields in place of `batch`: its tokens that can change, behind those that cannot.
+
+        Args:
+            batch: Whole examples.
+            forward: Context of the passes that run what is not kept yet, given their number of tokens.
+        """
+        run = batch
+        if self._tries_past:
+            with torch.no_grad():
+                self._keep_reads(batch, forward)
+                silent = self._silent(batch)
+                self._keep_starts(batch, silent, forward)
+            starts = self._starts(batch, silent)
+            run = self.past.behind(batch, starts) if any(starts) else batch
         with self.reuse(run):
             yield run
-        if filled is not None:
-            self.past.keep(batch, filled, self._silent(batch))
+
+    def _keep_reads(self, batch: Batch, forward: Forward) -> None:
+        """Run examples not seen before up to the memory."""
+        device = batch.input_ids.device
+        new = [] if self.shelf.is_full else [e for e in batch.examples if not self._is_read(e)]
+        for part, _ in distributed.in_step(self.model, collate_parts(new, 1, device), lambda: batch):
+            inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
+            with forward(part.num_tokens), self.reuse(part):
+                observe_reads(self.model, lambda *_: None, **inputs)
+
+    def _keep_starts(self, batch: Batch, silent: Sequence[bool], forward: Forward) -> None:
+        """Run what comes before the start of examples, where that is not kept yet and stays as it is."""
+        device = batch.input_ids.device
+        new = [
+            example
+            for example, is_silent in zip(batch.examples, silent, strict=True)
+            if is_silent and self._is_read(example) and self.past.lacks(example)
+        ]
+        parts = collate_parts(new, 1, device, lambda example: example.start)
+        for part, counts in distributed.in_step(self.model, parts, lambda: batch):
+            begun = self.past.begun(part) if counts else part
+            nowhere = torch.zeros_like(begun.input_ids, dtype=torch.bool)
+            with forward(begun.num_tokens), self.reuse(begun):
+                log_probs_at(self.model, begun.input_ids, begun.attention_mask, nowhere, **begun.others)
+            if counts:
+                self.past.keep(begun)
 
     @contextlib.contextmanager
     def reuse(self, batch: Batch) -> Iterator[None]:
@@ -79,14 +118,16 @@ class PrefixCache:
             stack.enter_context(self._lookup(reads, batch))
             yield
 
-    def _starts(self, batch: Batch) -> tuple[int, ...]:
+    def _is_read(self, example: Example) -> bool:
+        """Whether nothing of an example up to the reads has to run any more."""
+        return example in self._reads and (example in self._states or not self.skipped)
+
+    def _starts(self, batch: Batch, silent: Sequence[bool]) -> list[int]:
         """Tell from where on each example has to run."""
-        starts = [self.past.start(example) for example in batch.examples]
-        below = [self._states, self._reads] if self.skipped else [self._reads]
-        if not any(starts) or not all(example in kept for kept in below for example in batch.examples):
-            return (0,) * len(starts)
-        silent = self._silent(batch)
-        return tuple(start if is_silent else 0 for start, is_silent in zip(starts, silent, strict=True))
+        if not all(map(self._is_read, batch.examples)):
+            return [0] * len(batch.examples)
+        of_examples = zip(batch.examples, silent, strict=True)
+        return [self.past.start(example) if is_silent else 0 for example, is_silent in of_examples]
 
     def _silent(self, batch: Batch) -> list[bool]:
         """Tell of which examples the memory answers no token before the start."""
@@ -158,7 +199,7 @@ def _padded(kept: dict[Example, Reads], batch: Batch) -> Reads | None:
     if not all(example in kept for example in batch.examples):
         return None
     by_example = (
-        [tensor[start:].to(batch.input_ids.device) for tensor in kept[example]]
+        [tensor[start:][: batch.num_tokens].to(batch.input_ids.device) for tensor in kept[example]]
         for example, start in zip(batch.examples, batch.starts, strict=True)
     )
     return tuple(nn.utils.rnn.pad_sequence(list(t), batch_first=True) for t in zip(*by_example, strict=True))

@@ -27,6 +27,8 @@ class Shelf:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.num_bytes_on_disk = 0
+        self.is_full = max_bytes == 0
+        """Whether there was no room for something."""
         self._max_bytes_on_disk = shutil.disk_usage(tempfile.gettempdir()).free // 2 if max_bytes else 0
         self._segment = torch.empty(0, dtype=torch.uint8)
         self._used = 0
@@ -42,6 +44,7 @@ class Shelf:
             return tuple(tensor.detach().clone() for tensor in tensors)
         sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
         if not self._has_room(sum(sizes)):
+            self.is_full = True
             return None
         return tuple(self._copied(tensor, size) for tensor, size in zip(tensors, sizes, strict=True))
 

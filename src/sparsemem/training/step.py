@@ -78,7 +78,7 @@ class GradientStep:
         with self.method.step(batch, parts):  # the slots of the whole batch are chosen in here, once
             for part, counts in distributed.in_step(model, parts, lambda: collate(drawn[:1], self.device)):
                 compared = [*itertools.islice(positions, len(part.examples))] if counts else [[]]
-                with self.method.part(part) as run, self.precision.step():
+                with self.precision.step(), self.method.part(part, self.precision.forward) as run:
                     with self.precision.forward(run.num_tokens):
                         nll, drift = self.loss.of_part(model, run, compared)
                     fact_loss = nll / num_labels
@@ -91,7 +91,8 @@ class GradientStep:
 
     @contextlib.contextmanager
     def _forward(self, part: Batch) -> Iterator[Batch]:
-        with self.method.part(part) as run, self.precision.step(), self.precision.forward(run.num_tokens):
+        forward = self.precision.forward
+        with self.precision.step(), self.method.part(part, forward) as run, forward(run.num_tokens):
             yield run
 
     def _draw(self, batch: FactBatch) -> list[Example]:
