@@ -81,7 +81,7 @@ class LoadConfig:
         return dataclasses.asdict(self)
 
 
-DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
+DEFAULT_LEARNING_RATES = {"memory": 0.6, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {
     "top_t", "ranking", "max_document_frequency", "anchor", "tie_rows", "weighted_reads",
@@ -111,7 +111,7 @@ class FinetuneConfig:
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None
-    """Step size; by default 0.4 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
+    """Step size; by default 0.6 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
