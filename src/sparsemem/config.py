@@ -85,7 +85,7 @@ DEFAULT_LEARNING_RATES = {"memory": 0.6, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {
     "top_t", "ranking", "max_document_frequency", "anchor", "tie_rows", "weighted_reads",
-    "prefix_cache_bytes", "average_from", "extrapolate", "memory", "attach",
+    "prefix_cache_bytes", "adam_axes", "average_from", "extrapolate", "memory", "attach",
 }  # fmt: skip
 """Options of a run that mean nothing to other methods."""
 
@@ -119,6 +119,9 @@ class FinetuneConfig:
     adam_beta1: float | None = None
     """How much of its mean gradient "adamw" keeps from step to step; by default 0.5 for memory, whose slots
     see two dozen steps each, and 0.9 for all other methods."""
+    adam_axes: Literal["fisher", "rows"] = "fisher"
+    """Axes along which "adamw" scales the steps of a memory: the eigenvectors of the Fisher information of
+    background text, or the numbers of a row as they are."""
     momentum: float = 0.0
     """Momentum of "sgd"."""
     weight_decay: float = 0.0

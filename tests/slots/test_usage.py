@@ -248,7 +248,7 @@ def resave(path, drop=(), **changes):
         (lambda path: path.write_bytes(path.read_bytes()[:-50]), "damaged or truncated"),
         (lambda path: path.write_bytes(b""), "damaged or truncated"),
         (lambda path: resave(path, format="sparsemem-delta"), "not a sparsemem-usage file"),
-        (lambda path: resave(path, format_version="2"), "upgrade sparsemem"),
+        (lambda path: resave(path, format_version="3"), "upgrade sparsemem"),
         (lambda path: resave(path, num_documents="some"), "some"),
         (lambda path: resave(path, drop=("keys_digest",)), "keys_digest"),
         (lambda path: resave(path, drop=("num_tokens",)), "num_tokens"),

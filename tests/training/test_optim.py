@@ -49,6 +49,26 @@ def stock(name, start, grads, **options):
     return rows.detach()
 
 
+def test_adamw_scales_steps_along_the_axes_it_is_given(pool, start):
+    """As the stock one does with rows that are written in those axes; weight decay knows no axes."""
+    axes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)))[0]
+    slot_ids, grads, options = torch.tensor([7, 2, 9]), gradients(10), {"weight_decay": 0.1}
+    optimizer = SlotOptimizer({"p": pool}, "adamw", lr=0.05, directions={"p": axes}, **options)
+    train(pool, optimizer, [slot_ids] * 10, grads)
+    turned = stock("adamw", start[slot_ids] @ axes, grads[:, slot_ids] @ axes, **options)
+    torch.testing.assert_close(pool.current(slot_ids), turned @ axes.T, rtol=1e-5, atol=1e-6)
+    plain = stock("adamw", start[slot_ids], grads[:, slot_ids], **options)
+    assert not torch.allclose(pool.current(slot_ids), plain, atol=1e-2)
+
+
+def test_sgd_is_the_same_in_all_axes(pool, start):
+    axes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)))[0]
+    slot_ids, grads = torch.tensor([7, 2, 9]), gradients(10)
+    train(pool, SlotOptimizer({"p": pool}, "sgd", lr=0.05, directions={"p": axes}), [slot_ids] * 10, grads)
+    expected = stock("sgd", start[slot_ids], grads[:, slot_ids])
+    torch.testing.assert_close(pool.current(slot_ids), expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_a_constant_selection_is_trained_as_by_the_stock_optimizer(pool, start, name, options):
     slot_ids, grads = torch.tensor([7, 2, 9]), gradients(10)

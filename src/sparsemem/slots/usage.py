@@ -5,7 +5,7 @@ Shape letters: S slots, C candidate slots.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from sparsemem.files import read_tensors, write_tensors
 from sparsemem.memory.attach import memory_layers, observe_reads, pools
 from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.prompts import background_documents
+from sparsemem.slots.directions import NUM_DOCUMENTS, fisher_directions
 
 USAGE_FILE = "background_usage.safetensors"
 FORMAT = "sparsemem-usage"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: with directions."""
 
 WINDOW = 1024
 """Documents tokenized at a time; those of like length are counted together."""
@@ -75,6 +77,8 @@ class Usage:
         num_documents: Documents counted.
         num_tokens: Tokens counted, padding excluded.
         keys_digest: Which queries and keys made the reads.
+        directions: By pool name, the axes to train rows in, as `fisher_directions` finds them; none, where it
+            was counted by an older version.
     """
 
     pools: dict[str, PoolUsage]
@@ -82,6 +86,7 @@ class Usage:
     num_documents: int
     num_tokens: int
     keys_digest: str
+    directions: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def check(self, model: nn.Module) -> None:
         """Raise PoolMismatchError unless this usage was counted on the memory `model` has now."""
@@ -90,6 +95,12 @@ class Usage:
                 f"usage was counted with keys {self.keys_digest[:12]}, the memory has "
                 f"{keys_digest(model)[:12]}; count_usage(...) again after attaching or fitting keys"
             )
+        for name, axes in self.directions.items():
+            if axes.shape != 2 * (pools(model)[name].value_dim,):
+                raise PoolMismatchError(
+                    f"directions of {name} have shape {tuple(axes.shape)}, its rows "
+                    f"{pools(model)[name].value_dim} numbers; count_usage(...) again"
+                )
 
 
 def count_usage(
@@ -102,7 +113,7 @@ def count_usage(
     prompt_formats: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Usage:
-    """Count how often background text reads each slot.
+    """Count how often background text reads each slot, and find the axes in which its gradients vary.
 
     Lin et al. 2025 (arXiv:2510.15103) count over 1,000 random pretraining batches. Here a document
     is one text of at most `max_length` tokens. Of several processes each counts a share of the batches and
@@ -128,9 +139,11 @@ def count_usage(
     frequency = {name: torch.zeros_like(zeros) for name, zeros in reads.items()}
     token_frequency = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.int64)
     counted = num_tokens = turn = 0
+    first: list[list[int]] = []
     device = next(model.parameters()).device
     sequences = islice(token_lists(tokenizer, documents, max_length=max_length), num_documents)
     while window := list(islice(sequences, WINDOW)):
+        first += window[: NUM_DOCUMENTS - len(first)]
         for _, batch in length_batches(window, device=device):
             mask = batch["attention_mask"].bool()
             rows = torch.arange(len(mask), device=device).unsqueeze(1).expand_as(mask)[mask]
@@ -152,6 +165,7 @@ def count_usage(
         num_documents=counted,
         num_tokens=num_tokens,
         keys_digest=keys_digest(model),
+        directions=distributed.from_main(lambda: fisher_directions(model, first)),
     )
 
 
@@ -197,6 +211,7 @@ def save_usage(usage: Usage, path: str | Path) -> None:
     for name, pool in usage.pools.items():
         tensors[f"reads.{name}"] = pool.reads
         tensors[f"document_frequency.{name}"] = pool.document_frequency
+    tensors |= {f"directions.{name}": axes for name, axes in usage.directions.items()}
     header = {
         "num_documents": str(usage.num_documents),
         "num_tokens": str(usage.num_tokens),
@@ -226,6 +241,7 @@ def load_usage(path: str | Path) -> Usage:
             num_documents=num_documents,
             num_tokens=int(header["num_tokens"]),
             keys_digest=header["keys_digest"],
+            directions={name: tensors[key] for name in names if (key := f"directions.{name}") in tensors},
         )
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is not valid usage: {error}; count it again with attach") from error

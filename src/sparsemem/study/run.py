@@ -30,6 +30,7 @@ from sparsemem.memory.base_model import fingerprint, load_base_model
 from sparsemem.memory.checkpoint import FORMAT_VERSION, base_weights
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.prompts import PromptFormat, check_format
+from sparsemem.slots.usage import FORMAT_VERSION as USAGE_FORMAT_VERSION
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
 from sparsemem.store.load import load
 from sparsemem.study.attach import attach_to_folder
@@ -282,9 +283,8 @@ def _check_stream(tokenizer: Any, facts: Sequence[Fact], usage: Usage | None, co
 
 def attached_folder(spec: RunSpec, background: Sequence[str], cache: Path) -> Path:
     """Attach the memory of a run, or return the folder where an earlier run did."""
-    key = digest(
-        FORMAT_VERSION, spec.model, to_json(spec.memory_config), spec.attach_options, list(background)
-    )
+    formats = FORMAT_VERSION, USAGE_FORMAT_VERSION
+    key = digest(formats, spec.model, to_json(spec.memory_config), spec.attach_options, list(background))
     folder = cache / "memories" / key
     if not folder.is_dir():
         try:

@@ -90,6 +90,7 @@ class SparseMemory:
             num_steps=config.num_epochs,
             average_from=config.average_from,
             extrapolate=config.extrapolate,
+            directions=usage.directions if config.adam_axes == "fisher" else {},
         )
 
     @contextlib.contextmanager

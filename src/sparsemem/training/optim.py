@@ -36,6 +36,8 @@ class SlotOptimizer(torch.optim.Optimizer):
         average_from: With its step of that number a row of a fact becomes the mean of what it was after each
             step from this share of them on (Polyak and Juditsky 1992): single steps scatter around it. With 1
             it stays as the last step left it, as do rows that belong to a slot and not to a fact.
+        directions: By pool name, orthonormal columns, shape (V, V): "adamw" scales coordinates along these,
+            and not those that rows are written in.
         extrapolate: How far from where it began a row of a fact ends, relative to that mean.
 
     Raises:
@@ -55,6 +57,7 @@ class SlotOptimizer(torch.optim.Optimizer):
         num_steps: int = 1,
         average_from: float = 1.0,
         extrapolate: float = 1.0,
+        directions: Mapping[str, Tensor] | None = None,
     ) -> None:
         if name not in UPDATES:
             raise ConfigError(f"optimizer={name!r} is unknown; use one of {', '.join(UPDATES)}")
@@ -62,6 +65,9 @@ class SlotOptimizer(torch.optim.Optimizer):
         self.update = UPDATES[name]
         self.num_steps, self.num_averaged = num_steps, num_steps - math.floor(average_from * num_steps)
         self.extrapolate = extrapolate
+        self.directions = {
+            name: axes.to(pools[name].slot_to_row.device) for name, axes in (directions or {}).items()
+        }
         self.row_state: dict[str, dict[str, _StateTable]] = {pool: {} for pool in pools}
         defaults = {
             "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay
@@ -88,7 +94,8 @@ class SlotOptimizer(torch.optim.Optimizer):
             of_facts = pool.selection.tags >= pool.num_slots
             before_AV = pool.active[of_facts]  # a copy
             state = _State(self.row_state[name], pool.selection.tags)
-            self.update(pool.active, distributed.summed(grad), state, self.param_groups[0])
+            axes = self.directions.get(name)
+            self.update(pool.active, distributed.summed(grad), state, self.param_groups[0], axes)
             state.save()
             if len(before_AV):
                 state = _State(self.row_state[name], pool.selection.tags[of_facts])
@@ -158,7 +165,11 @@ class _State:
             self.tables[name].set(self.tags, values)
 
 
-def _adamw(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:
+def _adamw(
+    rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any], axes_VV: Tensor | None
+) -> None:
+    if axes_VV is not None:
+        grad_AV = grad_AV @ axes_VV
     beta1, beta2 = group["betas"]
     width = rows_AV.shape[1]
     # In float64: 1 - 0.999**1 has four digits left in float32.
@@ -168,10 +179,14 @@ def _adamw(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any
     rows_AV.mul_(1 - group["lr"] * group["weight_decay"])
     # The bias correction is per row: rows differ in how many steps they have had.
     scale_AV = (square_AV / (1 - beta2**steps_A1).float()).sqrt_().add_(group["eps"])
-    rows_AV.addcdiv_(mean_AV / (1 - beta1**steps_A1).float(), scale_AV, value=-group["lr"])
+    step_AV = mean_AV / (1 - beta1**steps_A1).float() / scale_AV
+    rows_AV.sub_(step_AV if axes_VV is None else step_AV @ axes_VV.T, alpha=group["lr"])
 
 
-def _sgd(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any]) -> None:
+def _sgd(
+    rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any], _axes_VV: Tensor | None
+) -> None:
+    # A sum of gradients is the same in all axes.
     if group["weight_decay"]:
         grad_AV = grad_AV.add(rows_AV, alpha=group["weight_decay"])
     if group["momentum"]:
@@ -179,7 +194,7 @@ def _sgd(rows_AV: Tensor, grad_AV: Tensor, state: _State, group: dict[str, Any])
     rows_AV.add_(grad_AV, alpha=-group["lr"])
 
 
-UPDATES: dict[str, Callable[[Tensor, Tensor, _State, dict[str, Any]], None]] = {
+UPDATES: dict[str, Callable[[Tensor, Tensor, _State, dict[str, Any], Tensor | None], None]] = {
     "adamw": _adamw,
     "sgd": _sgd,
 }

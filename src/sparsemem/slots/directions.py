@@ -1,0 +1,83 @@
+"""Directions of a row that ordinary text tells apart: the axes in which a memory is trained.
+
+Shape letters: T tokens, V value dim.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsemem.encode import length_batches
+from sparsemem.likelihood import IGNORE, label_log_probs
+from sparsemem.memory.attach import before_read, pools
+
+NUM_DOCUMENTS, MAX_LENGTH = 64, 64
+"""How many documents are used, and how many tokens of each."""
+TOKENS_PER_PASS = 256
+"""Each needs logits over the whole vocabulary, and their gradient."""
+
+
+def fisher_directions(model: Any, documents: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Find the eigenvectors of the Fisher information of what a memory adds.
+
+    That is the mean outer product of the gradients by which the next tokens of ordinary text depend on a
+    row, if it were read at a token. Adam scales every coordinate by itself, so how many steps it needs
+    depends on the coordinates. In these the gradients of ordinary text are uncorrelated. Vyas et al. 2024
+    (arXiv:2409.11321) take the gradients of the training itself, of which a few facts have too few.
+
+    Args:
+        model: A model with a memory; nothing of it is changed.
+        documents: Token ids of background texts; `MAX_LENGTH` of each of the first `NUM_DOCUMENTS` are used.
+
+    Returns:
+        By pool name, orthonormal columns, shape (value_dim, value_dim), float32.
+    """
+    device = next(model.parameters()).device
+    moments = {name: torch.zeros(pool.value_dim, pool.value_dim) for name, pool in pools(model).items()}
+    sequences = [document[:MAX_LENGTH] for document in documents[:NUM_DOCUMENTS]]
+    with _frozen(model):
+        for _, batch in length_batches(sequences, max_tokens=TOKENS_PER_PASS, device=device):
+            mask = batch["attention_mask"].bool()
+            with _added(model) as added, torch.enable_grad():
+                labels = batch["input_ids"].where(mask, IGNORE)
+                label_log_probs(model, batch["input_ids"], batch["attention_mask"], labels).sum().backward()
+            # The first position is an outlier in every model (an attention sink).
+            counts = mask[:, 1:]
+            for name, leaf in added:
+                assert leaf.grad is not None
+                grad_TV = leaf.grad.view(*mask.shape, -1)[:, 1:][counts]
+                moments[name] += (grad_TV.T @ grad_TV).cpu()
+    return {name: torch.linalg.eigh(moment.double())[1].float() for name, moment in moments.items()}
+
+
+@contextlib.contextmanager
+def _added(model: Any) -> Iterator[list[tuple[str, Tensor]]]:
+    """Within this context zeros that have a gradient are added to all that is read; yields them by pool."""
+    added: list[tuple[str, Tensor]] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(before_read(model, lambda *_: None))  # a layer with an observer is never skipped
+        for name, pool in pools(model).items():
+
+            def read(slot_ids: Tensor, weights: Tensor, name: str = name, find: Any = pool.read) -> Tensor:
+                found: Tensor = find(slot_ids, weights).detach()
+                added.append((name, torch.zeros_like(found, requires_grad=True)))
+                return found + added[-1][1]
+
+            pool.read = read  # type: ignore[method-assign, assignment]
+            stack.callback(delattr, pool, "read")
+        yield added
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
