@@ -4,7 +4,7 @@ Shape letters: T tokens, V value dim.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ TOKENS_PER_PASS = 256
 """Each needs logits over the whole vocabulary, and their gradient."""
 
 
-def fisher_directions(model: Any, documents: Sequence[list[int]]) -> dict[str, Tensor]:
+def fisher_directions(
+    model: Any, documents: Sequence[list[int]], on_step: Callable[[int], None] | None = None
+) -> dict[str, Tensor]:
     """Find the eigenvectors of the Fisher information of what a memory adds.
 
     That is the mean outer product of the gradients by which the next tokens of ordinary text depend on a
@@ -31,6 +33,7 @@ def fisher_directions(model: Any, documents: Sequence[list[int]]) -> dict[str, T
     Args:
         model: A model with a memory; nothing of it is changed.
         documents: Token ids of background texts; `MAX_LENGTH` of each of the first `NUM_DOCUMENTS` are used.
+        on_step: Called with how many were run.
 
     Returns:
         By pool name, orthonormal columns, shape (value_dim, value_dim), float32.
@@ -38,8 +41,9 @@ def fisher_directions(model: Any, documents: Sequence[list[int]]) -> dict[str, T
     device = next(model.parameters()).device
     moments = {name: torch.zeros(pool.value_dim, pool.value_dim) for name, pool in pools(model).items()}
     sequences = [document[:MAX_LENGTH] for document in documents[:NUM_DOCUMENTS]]
+    num_run = 0
     with _frozen(model):
-        for _, batch in length_batches(sequences, max_tokens=TOKENS_PER_PASS, device=device):
+        for places, batch in length_batches(sequences, max_tokens=TOKENS_PER_PASS, device=device):
             mask = batch["attention_mask"].bool()
             with _added(model) as added, torch.enable_grad():
                 labels = batch["input_ids"].where(mask, IGNORE)
@@ -50,6 +54,9 @@ def fisher_directions(model: Any, documents: Sequence[list[int]]) -> dict[str, T
                 assert leaf.grad is not None
                 grad_TV = leaf.grad.view(*mask.shape, -1)[:, 1:][counts]
                 moments[name] += (grad_TV.T @ grad_TV).cpu()
+            num_run += len(places)
+            if on_step:
+                on_step(num_run)
     return {name: torch.linalg.eigh(moment.double())[1].float() for name, moment in moments.items()}
 
 

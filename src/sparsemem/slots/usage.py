@@ -127,7 +127,8 @@ def count_usage(
         max_length: Tokens per document.
         prompt_formats: Put two thirds of the texts into this product's own prompts, so that their
             template does not look rare.
-        on_step: Called with (documents counted, `num_documents`).
+        on_step: Called with how many documents were run, and how many there are; those that give the axes
+            are run twice.
 
     Raises:
         ConfigError: The model is spread over processes.
@@ -155,9 +156,14 @@ def count_usage(
             num_tokens += int(mask.sum())
             turn += 1
             if on_step:
-                on_step(counted, num_documents)
+                on_step(counted, num_documents + NUM_DOCUMENTS)
     if not counted:
         raise DataError("the background has no text; give at least some hundred documents")
+
+    def step(num_run: int) -> None:
+        if on_step:
+            on_step(counted + num_run, num_documents + NUM_DOCUMENTS)
+
     counts = {name: (distributed.summed(reads[name]), distributed.summed(frequency[name])) for name in reads}
     return Usage(
         pools={name: PoolUsage.of_pool(*of_pool, counted) for name, of_pool in counts.items()},
@@ -165,7 +171,7 @@ def count_usage(
         num_documents=counted,
         num_tokens=num_tokens,
         keys_digest=keys_digest(model),
-        directions=distributed.from_main(lambda: fisher_directions(model, first)),
+        directions=distributed.from_main(lambda: fisher_directions(model, first, step)),
     )
 
 
