@@ -18,6 +18,7 @@ from sparsemem.memory.attach import attach_memory, before_read, detach_memory, m
 from sparsemem.memory.checkpoint import load, save
 from sparsemem.memory.fit_keys import fit_keys
 from sparsemem.prompts import background_documents
+from sparsemem.slots.directions import NUM_DOCUMENTS
 from sparsemem.slots.usage import count_usage, keys_digest, load_usage, save_usage
 
 HEADS, TOP_K, SLOTS = 2, 4, 64
@@ -39,6 +40,8 @@ def same_usage(first, second):
             and dataclasses.astuple(first.pools[name])[2:] == dataclasses.astuple(second.pools[name])[2:]
             for name in first.pools
         )
+        and first.directions.keys() == second.directions.keys()
+        and all(torch.equal(axes, second.directions[name]) for name, axes in first.directions.items())
         and torch.equal(first.token_document_frequency, second.token_document_frequency)
         and (first.num_documents, first.num_tokens, first.keys_digest)
         == (second.num_documents, second.num_tokens, second.keys_digest)
@@ -137,7 +140,9 @@ def test_num_documents_bounds_what_is_counted(attached, tiny_tokenizer, uneven, 
     expected = count_usage(attached, tiny_tokenizer, uneven[:wanted], prompt_formats=False)
     assert same_usage(usage, expected)
     assert usage.num_documents == min(wanted, len(uneven))
-    assert steps[-1] == (usage.num_documents, wanted)
+    # Those that give the axes are run once more.
+    assert (usage.num_documents, wanted + NUM_DOCUMENTS) in steps
+    assert steps[-1] == (2 * usage.num_documents, wanted + NUM_DOCUMENTS)
 
 
 def test_documents_are_cut_at_max_length(attached, tiny_tokenizer, texts):
