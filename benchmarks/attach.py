@@ -3,10 +3,10 @@
     python benchmarks/attach.py
 
 On SmolLM2-135M with the default memory; fewer tokens and documents than by default, but as many of one to
-the other. Clustering, whose cost hardly grows with the text, so weighs more here than by default, and so do the
-axes of AdamW, for which 64 documents are run there and back however many are counted. Both floors
-run the very batches that attaching runs, with no more padding: "forward" all blocks without the head,
-"to_memory" the blocks up to the memory with the feed-forward network beside it, after which attaching stops.
+the other. Clustering, whose cost hardly grows with the text, so weighs more here than by default, and so do
+the axes of AdamW, for which 64 documents are run there and back however many are counted. Both floors run the
+very batches that attaching runs, with no more padding: "forward" all blocks without the head, "to_memory" the
+blocks up to the memory with the feed-forward network beside it, after which attaching stops.
 Ratios of the processor's time stand beside those of seconds, as a pass takes long enough for the load of a
 shared machine to change.
 """
