@@ -15,9 +15,8 @@ from sparsemem.training.finetune import finetune
 def learned(attached, tiny_tokenizer, facts, config):
     def learned(usage, adam_axes):
         of_run = dataclasses.replace(config, adam_axes=adam_axes)
-        return finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, of_run).delta.changes[
-            "layer_1"
-        ]
+        delta = finetune(copy.deepcopy(attached), tiny_tokenizer, facts, usage, of_run).delta
+        return delta.changes["layer_1"]
 
     return learned
 

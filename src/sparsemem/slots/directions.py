@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsemem.encode import length_batches
 from sparsemem.likelihood import IGNORE, label_log_probs
@@ -42,21 +42,20 @@ def fisher_directions(
     moments = {name: torch.zeros(pool.value_dim, pool.value_dim) for name, pool in pools(model).items()}
     sequences = [document[:MAX_LENGTH] for document in documents[:NUM_DOCUMENTS]]
     num_run = 0
-    with _frozen(model):
-        for places, batch in length_batches(sequences, max_tokens=TOKENS_PER_PASS, device=device):
-            mask = batch["attention_mask"].bool()
-            with _added(model) as added, torch.enable_grad():
-                labels = batch["input_ids"].where(mask, IGNORE)
-                label_log_probs(model, batch["input_ids"], batch["attention_mask"], labels).sum().backward()
+    for places, batch in length_batches(sequences, max_tokens=TOKENS_PER_PASS, device=device):
+        mask = batch["attention_mask"].bool()
+        labels = batch["input_ids"].where(mask, IGNORE)
+        with _added(model) as added, torch.enable_grad():
+            total = label_log_probs(model, batch["input_ids"], batch["attention_mask"], labels).sum()
+        names, leaves = zip(*added, strict=True)
+        # Of these alone: no weight of the model gets a gradient.
+        for name, grad in zip(names, torch.autograd.grad(total, leaves), strict=True):
             # The first position is an outlier in every model (an attention sink).
-            counts = mask[:, 1:]
-            for name, leaf in added:
-                assert leaf.grad is not None
-                grad_TV = leaf.grad.view(*mask.shape, -1)[:, 1:][counts]
-                moments[name] += (grad_TV.T @ grad_TV).cpu()
-            num_run += len(places)
-            if on_step:
-                on_step(num_run)
+            grad_TV = grad.view(*mask.shape, -1)[:, 1:][mask[:, 1:]]
+            moments[name] += (grad_TV.T @ grad_TV).cpu()
+        num_run += len(places)
+        if on_step:
+            on_step(num_run)
     return {name: torch.linalg.eigh(moment.double())[1].float() for name, moment in moments.items()}
 
 
@@ -76,15 +75,3 @@ def _added(model: Any) -> Iterator[list[tuple[str, Tensor]]]:
             pool.read = read  # type: ignore[method-assign, assignment]
             stack.callback(delattr, pool, "read")
         yield added
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -141,6 +141,11 @@ def count_usage(
     token_frequency = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.int64)
     counted = num_tokens = turn = 0
     first: list[list[int]] = []
+
+    def report(num_run: int) -> None:
+        if on_step:
+            on_step(num_run, num_documents + NUM_DOCUMENTS)
+
     device = next(model.parameters()).device
     sequences = islice(token_lists(tokenizer, documents, max_length=max_length), num_documents)
     while window := list(islice(sequences, WINDOW)):
@@ -155,15 +160,9 @@ def count_usage(
             counted += len(mask)
             num_tokens += int(mask.sum())
             turn += 1
-            if on_step:
-                on_step(counted, num_documents + NUM_DOCUMENTS)
+            report(counted)
     if not counted:
         raise DataError("the background has no text; give at least some hundred documents")
-
-    def step(num_run: int) -> None:
-        if on_step:
-            on_step(counted + num_run, num_documents + NUM_DOCUMENTS)
-
     counts = {name: (distributed.summed(reads[name]), distributed.summed(frequency[name])) for name in reads}
     return Usage(
         pools={name: PoolUsage.of_pool(*of_pool, counted) for name, of_pool in counts.items()},
@@ -171,7 +170,9 @@ def count_usage(
         num_documents=counted,
         num_tokens=num_tokens,
         keys_digest=keys_digest(model),
-        directions=distributed.from_main(lambda: fisher_directions(model, first, step)),
+        directions=distributed.from_main(
+            lambda: fisher_directions(model, first, lambda num: report(counted + num))
+        ),
     )
 
 

@@ -36,9 +36,9 @@ class SlotOptimizer(torch.optim.Optimizer):
         average_from: With its step of that number a row of a fact becomes the mean of what it was after each
             step from this share of them on (Polyak and Juditsky 1992): single steps scatter around it. With 1
             it stays as the last step left it, as do rows that belong to a slot and not to a fact.
+        extrapolate: How far from where it began a row of a fact ends, relative to that mean.
         directions: By pool name, orthonormal columns, shape (V, V): "adamw" scales coordinates along these,
             and not those that rows are written in.
-        extrapolate: How far from where it began a row of a fact ends, relative to that mean.
 
     Raises:
         ConfigError: `name` is unknown.
