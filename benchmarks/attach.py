@@ -13,6 +13,7 @@ shared machine to change.
 
 import contextlib
 from itertools import islice
+from typing import Any
 
 import torch
 from timing import in_turn, parser, publish
@@ -74,16 +75,21 @@ def main() -> None:
 
     parts = {"fit_keys": fit_keys, "count_usage": count_usage, "to_memory": to_memory}
     times = in_turn(parts, ROUNDS)
-    whole = in_turn({"attach": attach, "forward": forward}, ROUNDS_OF_FORWARD)
+    times |= in_turn({"attach": attach, "forward": forward}, ROUNDS_OF_FORWARD)
+    tokens = {"fitted": NUM_TOKENS, "counted": sum(map(len, sequences))}
+    publish("attach", {"ratios": ratios_of(times), "times": times, "tokens": tokens}, args, model_sha=sha)
+
+
+def ratios_of(times: dict[str, Any]) -> dict[str, float]:
+    """What attaching takes, over each floor, and the share of it that fits keys."""
     ratios = {}
     for kind in ("seconds", "processor_seconds"):
-        of = {name: measured[f"median_{kind}"] for name, measured in (times | whole).items()}
-        ratios[f"attach_over_forward_{kind}"] = of["attach"] / of["forward"]
+        of = {name: measured[f"median_{kind}"] for name, measured in times.items()}
         both = of["fit_keys"] + of["count_usage"]
+        ratios[f"attach_over_forward_{kind}"] = of["attach"] / of["forward"]
         ratios[f"attach_over_forward_to_memory_{kind}"] = both / of["to_memory"]
         ratios[f"fit_keys_share_of_attach_{kind}"] = of["fit_keys"] / both
-    tokens = {"fitted": NUM_TOKENS, "counted": sum(map(len, sequences))}
-    publish("attach", {"ratios": ratios, "times": times | whole, "tokens": tokens}, args, model_sha=sha)
+    return ratios
 
 
 if __name__ == "__main__":
