@@ -33,6 +33,15 @@ def background_texts():
     return [f"{who[i % 4]} {did[i % 3]} {where[i % 5]} on day {i}. {then[(i // 4) % 3]}" for i in range(60)]
 
 
+def content(folder):
+    """Files but the database, whose bytes move with every look."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "sqlite" not in path.name
+    }
+
+
 def pytest_collection_finish(session):
     # Tiny tensors only: a second thread costs more than it brings, and much more on a busy machine.
     if not any(item.get_closest_marker("real") for item in session.items):

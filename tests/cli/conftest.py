@@ -11,15 +11,6 @@ SHAPE = ["--layers", "1", "--num-keys", "8", "--num-heads", "2", "--top-k", "4",
 SHAPE += ["--num-tokens", "1500", "--num-documents", "20"]
 
 
-def content(folder):
-    """Files but the database, whose bytes move with every look."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and "sqlite" not in path.name
-    }
-
-
 def object_of(folder):
     (path,) = (folder / "objects").rglob("*.safetensors")
     return path

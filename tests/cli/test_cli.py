@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from tests.conftest import content
 
 import sparsemem
 from sparsemem.cli.app import main
 from sparsemem.store.load import load
 
-from .conftest import SHAPE, content, object_of
+from .conftest import SHAPE, object_of
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

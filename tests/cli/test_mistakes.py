@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from tests.conftest import content
 from transformers import AutoModelForCausalLM
 
 import sparsemem.files
@@ -17,7 +18,7 @@ from sparsemem.slots.usage import USAGE_FILE, load_usage, save_usage
 from sparsemem.store.history import DeltaStore
 from sparsemem.training.loss import FactLoss
 
-from .conftest import SHAPE, content, object_of
+from .conftest import SHAPE, object_of
 
 
 def error_line(err):

@@ -58,12 +58,3 @@ def store(folder):
 @pytest.fixture
 def learner(store):
     return Learner(store, Pool(NUM_SLOTS, WIDTH))
-
-
-def files(folder):
-    """Files of a folder but the database, by name."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file() and "sqlite" not in p.name
-    }

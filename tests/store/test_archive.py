@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.conftest import content
 
 from sparsemem.errors import CheckpointError, HistoryError, MissingFileError, SparsememError
 from sparsemem.memory.checkpoint import save
@@ -13,7 +14,7 @@ from sparsemem.store.archive import MANIFEST, export, import_archive
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.integrity import verify
 
-from .conftest import Learner, files
+from .conftest import Learner
 
 
 @pytest.fixture
@@ -44,9 +45,9 @@ def test_what_was_exported_is_imported(store, learner, copy, archive):
         assert copy.log(name) == store.log(target)
         assert torch.equal(Learner(copy, learner.pool).rows(name), learner.rows(target))
     assert verify(copy) == []
-    before = files(copy.folder)
+    before = content(copy.folder)
     assert import_archive(copy, archive) == made
-    assert files(copy.folder) == before
+    assert content(copy.folder) == before
 
 
 def test_one_version_is_exported_with_what_it_was_made_from(store, archive, copy, tmp_path):

@@ -3,6 +3,7 @@ import sqlite3
 
 import pytest
 import torch
+from tests.conftest import content
 
 from sparsemem.errors import CheckpointError, HistoryError, OutputError, PoolMismatchError
 from sparsemem.memory.delta import RowChange, SparseDelta
@@ -10,7 +11,7 @@ from sparsemem.store.commits import fact_rows
 from sparsemem.store.database import HISTORY_FILE
 from sparsemem.store.history import DeltaStore
 
-from .conftest import NUM_SLOTS, WIDTH, files
+from .conftest import NUM_SLOTS, WIDTH
 
 
 def test_a_folder_without_a_history_is_not_touched_by_looking(store):
@@ -31,9 +32,10 @@ def test_a_commit_keeps_its_rows_message_and_details(store, learner):
     assert commit.time.endswith("+00:00")
     assert store.details(commit.id) == details
     assert DeltaStore(store.folder).get(commit.id) == commit
-    assert list(files(store.folder)) == [
+    kept = content(store.folder)
+    assert list(kept) == [
         "memory_config.json", "memory.safetensors", f"objects/{commit.object[:2]}/{commit.object}.safetensors"
-    ] or set(files(store.folder)) >= {f"objects/{commit.object[:2]}/{commit.object}.safetensors"}  # fmt: skip
+    ] or set(kept) >= {f"objects/{commit.object[:2]}/{commit.object}.safetensors"}  # fmt: skip
 
 
 def test_each_version_has_the_rows_of_its_day(store, learner):
@@ -195,7 +197,7 @@ def test_facts_of_a_version_are_those_taught_and_not_taken_back(store, learner):
 
 def test_a_write_that_fails_leaves_everything_as_it_was(store, learner, monkeypatch):
     first = learner.commit([1])
-    before = files(store.folder)
+    before = content(store.folder)
     delta = learner.delta([2])
 
     def full_disk(_handle):
@@ -204,7 +206,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(store, learner, monkeypa
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OutputError, match="No space left on device"):
         store.commit(delta)
-    assert (store.log(), files(store.folder)) == ([first], before)
+    assert (store.log(), content(store.folder)) == ([first], before)
     monkeypatch.undo()
     assert store.commit(delta).parent == first.id
 

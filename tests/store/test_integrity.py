@@ -1,12 +1,11 @@
 import sqlite3
 
 import pytest
+from tests.conftest import content
 
 from sparsemem.memory.checkpoint import WEIGHTS_FILE
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.integrity import gc, verify
-
-from .conftest import files
 
 
 @pytest.fixture
@@ -70,20 +69,20 @@ def test_damaged_weights_are_found(store, commits):
 
 def test_gc_removes_what_nothing_leads_to(store, learner, commits):
     store.create_ref("tag", "v1", "HEAD~1")
-    before = files(store.folder)
-    assert (gc(store).num_commits, files(store.folder)) == (0, before)
+    before = content(store.folder)
+    assert (gc(store).num_commits, content(store.folder)) == (0, before)
     for _ in range(2):
         store.undo()
     gone = gc(store)
     assert (gone.num_commits, gone.num_objects) == (1, 1)
     assert gone.num_bytes > 0
-    assert files(store.folder).items() < before.items()
+    assert content(store.folder).items() < before.items()
     assert [commit.id for commit in store.log("v1")] == [commits[1].id, commits[0].id]
     assert verify(store) == []
     store.delete_ref("tag", "v1")
     store.undo()
     assert gc(store).num_commits == 2
-    assert not any(name.startswith("objects") for name in files(store.folder))
+    assert not any(name.startswith("objects") for name in content(store.folder))
 
 
 def test_gc_keeps_both_parents_of_a_merge(store, learner, commits):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from tests.conftest import content
 
 from sparsemem.config import MemoryConfig
 from sparsemem.data import Fact
@@ -15,13 +16,6 @@ from sparsemem.study.ask import ask_folder
 from sparsemem.study.attach import attach_to_folder
 from sparsemem.study.learn import evaluate_folder, learn
 from sparsemem.study.measure import built_in_probe, num_base_values, resolve_probes
-
-
-def content(folder):
-    """Files but the database, whose bytes move with every look."""
-    return {
-        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "sqlite" not in path.name
-    }
 
 
 def rows_of(folder):
@@ -64,7 +58,7 @@ def test_learning_commits_what_it_reports(folder, facts, config):
     store = DeltaStore(folder)
     (commit,) = store.log()
     delta, path = store.delta(commit.id), store.objects.path(commit.object)
-    assert content(folder) == {**before, path: path.read_bytes()}
+    assert content(folder) == {**before, str(path.relative_to(folder)): path.read_bytes()}
     assert (commit.message, commit.id, commit.digest) == ("two facts", report["commit"], report["digest"])
     assert report["update"] == 1
     assert report["delta_bytes"] == path.stat().st_size
