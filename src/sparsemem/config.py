@@ -19,6 +19,10 @@ class MemoryConfig:
 
     layers: tuple[int, ...] | Literal["auto"] = "auto"
     """Blocks that get a memory, counted from 0; "auto" is one at 13 % of the depth."""
+    output_depth: float = 0.67
+    """Share of the model's depth at which what was read is added to the stream: what a name stands for is
+    looked up early, where names are read, and learned late, where little has to be run. 0 adds it where it
+    was read, as does placement="replace"."""
     placement: Literal["add", "replace"] = "add"
     """Beside the feed-forward network (logits unchanged at attach), or gated in its place."""
     num_keys: int = 1024
@@ -50,6 +54,8 @@ class MemoryConfig:
         _check_positive(self, "num_keys", "num_heads", "top_k", "query_dim")
         if not 0 <= self.quorum <= 1:
             raise ConfigError(f"quorum={self.quorum} is not a share; use 0 to 1")
+        if not 0 <= self.output_depth < 1:
+            raise ConfigError(f"output_depth={self.output_depth} is not a share below 1; use 0 to 0.99")
         if self.value_dim is not None:
             _check_positive(self, "value_dim")
         if self.top_k > self.num_keys**2:

@@ -65,17 +65,44 @@ def test_gradients_reach_active_rows_and_nothing_else_need_move():
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-def test_gradients_are_the_same_with_gradient_checkpointing():
+@pytest.mark.parametrize("block", [0, 1])
+def test_gradients_are_the_same_with_gradient_checkpointing(block):
     gradients = []
     for checkpointing in (False, True):
-        model = attach_memory(make_model(), memory()).train()
+        model = attach_memory(make_model(), memory(layers=(block,))).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        write_random_rows(model)
-        active = pools(model)["layer_1"].activate(torch.arange(0, 64, 2))
+        (pool,) = pools(model).values()
+        pool.write(torch.arange(64), torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0)))
+        active = pool.activate(torch.arange(0, 64, 2))
         model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
         gradients.append(active.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("block", "depth", "expected"), [(0, 0.0, 0), (0, 0.4, 1), (1, 0.0, 1), (0, 0.99, 1), (2, 0.4, 2)]
+)
+def test_an_answer_is_added_at_its_depth_but_not_before_it_is_read_nor_in_the_last_block(
+    block, depth, expected
+):
+    model = attach_memory(make_model(), memory(layers=(block,), output_depth=depth))
+    (layer,) = memory_layers(model)
+    assert layer.output_index == expected
+    before = model(TOKENS, output_hidden_states=True).hidden_states
+    layer.pool.write(torch.arange(64), torch.randn(64, WIDTH))
+    after = model(TOKENS, output_hidden_states=True).hidden_states
+    is_same = [torch.equal(*states) for states in zip(before, after, strict=True)]
+    assert is_same == [index <= expected for index in range(4)]
+
+
+def test_a_model_can_be_copied_after_a_pass_with_gradients():
+    model = attach_memory(make_model(), memory(layers=(0,)))
+    (pool,) = pools(model).values()
+    pool.write(torch.arange(64), torch.randn(64, WIDTH))
+    pool.activate(torch.arange(8))
+    expected = model(TOKENS).logits
+    assert torch.equal(copy.deepcopy(model)(TOKENS).logits, expected)
 
 
 def test_layers_have_their_own_pools():

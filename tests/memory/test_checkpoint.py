@@ -101,18 +101,19 @@ def test_value_scale_and_keys_survive(base_model, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
 
 
-def test_the_quorum_survives_and_a_folder_older_than_it_has_none(base_model, tmp_path):
-    model = attach_memory(base_model(), MemoryConfig(**MEMORY, quorum=0.75))
-    pools(model)["layer_1"].write(torch.arange(0, 64, 2), random_rows(32, seed=0))
+def test_quorum_and_output_survive_and_a_folder_older_than_they_has_neither(base_model, tmp_path):
+    config = MemoryConfig(**(MEMORY | {"layers": (0,)}), quorum=0.75, output_depth=0.5)
+    model = attach_memory(base_model(), config)
+    pools(model)["layer_0"].write(torch.arange(0, 64, 2), random_rows(32, seed=0))
     save(model, tmp_path / "memory")
     again, _ = load(tmp_path / "memory")
-    assert [layer.quorum for layer in memory_layers(again)] == [0.75]
+    assert [(layer.quorum, layer.output_index) for layer in memory_layers(again)] == [(0.75, 1)]
     assert torch.equal(logits(again), logits(model))
     header = json.loads((tmp_path / "memory" / CONFIG_FILE).read_text())
-    del header["memory"]["quorum"]
+    del header["memory"]["quorum"], header["memory"]["output_depth"]
     (tmp_path / "memory" / CONFIG_FILE).write_text(json.dumps(header))
     older, _ = load(tmp_path / "memory")
-    assert [layer.quorum for layer in memory_layers(older)] == [0.0]
+    assert [(layer.quorum, layer.output_index) for layer in memory_layers(older)] == [(0.0, 0)]
     assert not torch.equal(logits(older), logits(model))
 
 

@@ -62,7 +62,8 @@ def model(request):
 
 
 def loss_and_gradient(model, batch, cache=None):
-    active = pools(model)["layer_1"].active
+    (pool,) = pools(model).values()
+    active = pool.active
     active.grad = None
     if cache is None:
         loss = -label_log_probs(model, *batch.model_inputs).sum()
@@ -106,6 +107,21 @@ def test_the_blocks_below_the_memory_run_once_and_the_others_each_time(model):
     below, at, above = (count_calls(model, block) for block in range(3))
     for _ in range(3):
         loss_and_gradient(model, batch, cache)
+    assert (len(below), len(at), len(above)) == (1, 3, 3)
+
+
+def test_the_blocks_between_a_read_and_what_it_is_added_to_run_once_too():
+    torch.manual_seed(0)
+    model = FAMILIES["llama"]().eval()
+    attach_memory(model, MemoryConfig(layers=(0,), num_keys=4, num_heads=2, top_k=3, query_dim=4))
+    (pool,) = pools(model).values()
+    pool.write(torch.arange(16), torch.randn(16, WIDTH))
+    pool.activate(torch.arange(16))
+    batch, cache = collate(make_examples([5, 9])), PrefixCache(model)
+    expected = loss_and_gradient(model, batch)
+    below, at, above = (count_calls(model, block) for block in range(3))
+    for _ in range(3):
+        torch.testing.assert_close(loss_and_gradient(model, batch, cache), expected)
     assert (len(below), len(at), len(above)) == (1, 3, 3)
 
 
@@ -163,7 +179,8 @@ def test_a_budget_of_nothing_keeps_nothing(model):
 def test_below_the_first_block_only_reads_are_kept():
     torch.manual_seed(0)
     model = FAMILIES["llama"]().eval()
-    attach_memory(model, MemoryConfig(layers=(0,), num_keys=4, num_heads=2, top_k=3, query_dim=4))
+    config = MemoryConfig(layers=(0,), output_depth=0.0, num_keys=4, num_heads=2, top_k=3, query_dim=4)
+    attach_memory(model, config)
     pools(model)["layer_0"].write(torch.arange(16), torch.randn(16, WIDTH))
     batch, cache = collate(make_examples([5, 3])), PrefixCache(model)
     for _ in range(2):

@@ -57,14 +57,16 @@ def attach_memory(
             "leave value_dim out or use placement='replace'"
         )
     spots = {index: find_ffn(blocks[index], config.ffn) for index in indices}
+    outputs = {index: _output_index(config, index, len(blocks)) for index in indices}
     if config.placement == "replace":
         for path, ends in spots.values():
             _check_replaceable(path, *ends)
-    layers = _build_layers(config, indices, hidden_size, value_dim, bases or {})
+    layers = _build_layers(config, outputs, hidden_size, value_dim, bases or {})
     for index, (path, (first, last)) in spots.items():
         layer = layers[index].to(next(first.parameters()).device)
         if config.placement == "add":
             blocks[index].memory = layer
+            _, (_, last) = find_ffn(blocks[layer.output_index], config.ffn)
             layer.beside = _Beside(layer, first, last)
         else:
             # In a list, so that the network neither trains nor shows up in the state dict.
@@ -155,23 +157,40 @@ def before_read(model: nn.Module, hook: BeforeRead) -> Iterator[None]:
 
 
 @torch.no_grad()
-def observe_reads(model: nn.Module, hook: BeforeRead, **inputs: Tensor) -> None:
+def observe_reads(
+    model: nn.Module, hook: BeforeRead, through: nn.Module | None = None, /, **inputs: Tensor
+) -> None:
     """Run a forward pass that ends at the highest memory layer, calling `hook` in each one.
 
     For counting and fitting, where nothing above the memory matters: with the memory at block 4 of
     30 this is a sixth of the work. A model that is spread over processes runs to its end, which is
     where it lets go of the weights it gathered.
+
+    Args:
+        model: A model with a memory.
+        hook: As in `before_read`.
+        through: A block above the memory to end behind, rather than at the memory.
+        inputs: Arguments of the model.
     """
     last = max(memory_layers(model), key=lambda layer: layer.block_index)
+    is_spread = distributed.is_spread(model)
 
     def hook_then_stop(layer: MemoryLayer, reads: Reads) -> None:
         hook(layer, reads)
-        if layer is last and not distributed.is_spread(model):
+        if through is None and layer is last and not is_spread:
             raise SeenEnough
 
-    with before_read(model, hook_then_stop), contextlib.suppress(SeenEnough):
+    def stop(*_: Any) -> None:
+        if not is_spread:
+            raise SeenEnough
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(SeenEnough))
+        stack.enter_context(before_read(model, hook_then_stop))
+        if through is not None:
+            stack.callback(through.register_forward_hook(stop).remove)
         # The logits are for nothing, so as few as can be.
-        model(**inputs, use_cache=False, **({"logits_to_keep": 1} if distributed.is_spread(model) else {}))
+        model(**inputs, use_cache=False, **({"logits_to_keep": 1} if is_spread else {}))
 
 
 class SeenEnough(Exception):  # noqa: N818 - not an error
@@ -231,27 +250,44 @@ def find_ffn(block: nn.Module, path: str = "auto") -> tuple[str, tuple[nn.Module
 
 
 class _Beside:
-    """Hooks that add a memory's answer to the output of the feed-forward network it sits beside."""
+    """Hooks that add a memory's answer to the output of a feed-forward network.
+
+    Args:
+        memory: What answers.
+        first: First module of the network beside which it asks.
+        last: Last module of the network to whose output the answer is added; the same or of a later block.
+    """
 
     def __init__(self, memory: MemoryLayer, first: nn.Module, last: nn.Module) -> None:
         self.memory, self.last = memory, last
-        self.hidden: Tensor | None = None
+        self.answer: Tensor | None = None
         self.handles: list[RemovableHandle] = [
             first.register_forward_pre_hook(self.enter, with_kwargs=True),
             last.register_forward_hook(self.leave),
         ]
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.hidden = args[0] if args else kwargs["hidden_states"]
+        self.ask(args[0] if args else kwargs["hidden_states"])
+
+    def ask(self, hidden: Tensor) -> None:
+        """Have the answer to a hidden state ready, for the end of the network."""
+        self.answer = None if self.memory.is_silent() else self.memory(hidden)
 
     def leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        hidden, self.hidden = self.hidden, None
-        assert hidden is not None
-        if self.memory.is_silent():
+        # Kept until the next pass: gradient checkpointing runs a block again, and not those before it.
+        if self.answer is None:
             return output
         if isinstance(output, tuple):  # a mixture of experts also returns its router's logits
-            return (output[0] + self.memory(hidden), *output[1:])
-        return output + self.memory(hidden)
+            return (output[0] + self._answer_to(output[0]), *output[1:])
+        return output + self._answer_to(output)
+
+    def _answer_to(self, output: Tensor) -> Tensor:
+        assert self.answer is not None
+        return self.answer.view(output.shape).to(output.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model starts with its own pass, and a tensor with a history cannot be copied.
+        return self.__dict__ | {"answer": None}
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -270,10 +306,19 @@ def _block_indices(config: MemoryConfig, num_blocks: int) -> tuple[int, ...]:
     return tuple(sorted(config.layers))
 
 
+def _output_index(config: MemoryConfig, index: int, num_blocks: int) -> int:
+    """Return the block to which what is read in block `index` is added."""
+    if config.placement == "replace":
+        return index
+    # What is added to a token in the last block, no token behind it ever sees.
+    return max(index, min(int(config.output_depth * num_blocks), num_blocks - 2))
+
+
 def _build_layers(
-    config: MemoryConfig, indices: tuple[int, ...], hidden_size: int, value_dim: int, bases: dict[str, Tensor]
+    config: MemoryConfig, outputs: dict[int, int], hidden_size: int, value_dim: int, bases: dict[str, Tensor]
 ) -> dict[int, MemoryLayer]:
-    names = {index: "shared" if config.shared_pool else f"layer_{index}" for index in indices}
+    """Build the layers of some blocks; `outputs` says for each of these where its answer is added."""
+    names = {index: "shared" if config.shared_pool else f"layer_{index}" for index in outputs}
     if unknown := sorted(set(bases) - set(names.values())):
         raise ConfigError(
             f"bases has {unknown[0]!r}, but the pools are {', '.join(sorted(set(names.values())))}; rename it"
@@ -294,6 +339,7 @@ def _build_layers(
             placement=config.placement,
             quorum=config.quorum,
             block_index=index,
+            output_index=outputs[index],
             pool_name=name,
         )
         init_memory(layers[index], generator)

@@ -120,8 +120,9 @@ def load(
     """
     folder = local_folder(path)
     header = read_header(folder)
-    # A folder made before there was a gate goes on without one.
-    config = from_json(MemoryConfig, {"quorum": 0.0, **header["memory"]}, folder / CONFIG_FILE)
+    # A folder made before there were these goes on without them.
+    before = {"quorum": 0.0, "output_depth": 0.0}
+    config = from_json(MemoryConfig, before | header["memory"], folder / CONFIG_FILE)
     check_weights(folder, header)
     tensors, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     bases = {name: _mapped(folder / file) for name, file in header.get("bases", {}).items()}

@@ -5,6 +5,7 @@ Shape letters: T tokens, H heads, N sub-keys, Q half key dim, D width, C classes
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
@@ -166,6 +167,10 @@ def check_sample(sample_TD: Tensor, num_needed: int, what: str) -> None:
         )
 
 
+TOKENS_FOR_SCALE = 10_000
+"""Of so many tokens, or a little more, what a memory is added to is computed: far above where it reads."""
+
+
 @dataclasses.dataclass(frozen=True)
 class States:
     """What one layer saw: hidden states (T, D), the token of each, and the size of the outputs."""
@@ -203,6 +208,7 @@ def background_states(
     squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
     tokens = torch.tensor([token for ids in sequences for token in ids[1:]])
     collected = 0
+    sized = [layer for layer in layers if layer.beside is not None]
     for places, batch in length_batches(sequences, device=next(model.parameters()).device):
         kept = batch["attention_mask"].bool().clone()
         kept[:, 0] = False
@@ -213,7 +219,9 @@ def background_states(
         def keep(layer: MemoryLayer, states: Tensor, kept: Tensor = kept, to: Tensor = targets) -> None:
             hidden[layer.block_index][to] = states[kept].float().cpu()
 
-        with _output_sizes(layers, kept, squares), _states_seen(model, layers, keep):
+        is_sized = bool(sized) and collected < TOKENS_FOR_SCALE
+        sizes = _output_sizes(sized if is_sized else [], kept, squares)
+        with _states_seen(model, layers, keep, ends=not is_sized), sizes:
             model(**batch, use_cache=False)
         collected += len(targets)
         if on_step:
@@ -239,45 +247,47 @@ def _sequences(tokenizer: Any, texts: Iterable[str], num_tokens: int) -> list[li
 
 @contextlib.contextmanager
 def _states_seen(
-    model: nn.Module, layers: list[MemoryLayer], keep: Callable[[MemoryLayer, Tensor], None]
+    model: nn.Module, layers: list[MemoryLayer], keep: Callable[[MemoryLayer, Tensor], None], ends: bool
 ) -> Iterator[None]:
-    """Call `keep(layer, hidden states)` in every layer, and end the pass at the highest.
+    """Call `keep(layer, hidden states)` in every layer, and end the pass at the highest if it `ends` there.
 
     Not `observe_reads`: what keys that are about to be replaced would read is of no use, and looking it up
     takes a third of the pass.
     """
 
-    def seen(layer: MemoryLayer, args: tuple[Tensor]) -> None:
-        keep(layer, args[0])
-        if layer is layers[-1]:
+    def seen(layer: MemoryLayer, answer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        keep(layer, hidden)
+        if ends and layer is layers[-1]:
             raise SeenEnough
+        return torch.zeros_like(hidden) if layer.pool.is_empty() else answer(hidden)
 
-    handles = [layer.register_forward_pre_hook(seen) for layer in layers]
+    for layer in layers:
+        layer.forward = functools.partial(seen, layer, layer.forward)  # type: ignore[method-assign]
     try:
         # An empty memory is called only while somebody wants to know its reads.
         nobody = before_read(model, lambda _layer, _reads: None)
         with torch.no_grad(), nobody, contextlib.suppress(SeenEnough):
             yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer in layers:
+            del layer.forward
 
 
 @contextlib.contextmanager
 def _output_sizes(
     layers: list[MemoryLayer], kept: Tensor, squares: dict[int, list[Tensor]]
 ) -> Iterator[None]:
-    """Collect the mean square of each output that a memory is added to."""
+    """Collect the mean square of each output that a memory is added to, and end the pass at the last."""
     handles = []
-    for layer in layers:
-        if layer.beside is None:
-            continue
+    for layer in reversed(layers):
 
         def keep(_module: nn.Module, _args: Any, output: Any, index: int = layer.block_index) -> None:
             values = output[0] if isinstance(output, tuple) else output
             squares[index].append(values[kept].float().square().mean(dim=-1).cpu())
+            if index == layers[-1].block_index:
+                raise SeenEnough
 
-        # Before the memory's own hook, which ends the pass.
+        # Before the memory's own hook, and of several layers that share a module in their order.
         handles.append(layer.beside.last.register_forward_hook(keep, prepend=True))
     try:
         yield

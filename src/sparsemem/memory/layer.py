@@ -66,6 +66,7 @@ class MemoryLayer(nn.Module):
         quorum: Share of a token's reads that must find one row for the full answer, with half of which it
             gets nothing; 0 asks for none.
         block_index: The block it sits in.
+        output_index: The block beside whose feed-forward network its answer is added; by default its own.
         pool_name: Name of the pool in usage, deltas and files; layers that share a pool share it.
     """
 
@@ -85,6 +86,7 @@ class MemoryLayer(nn.Module):
         placement: Placement = "add",
         quorum: float = 0.0,
         block_index: int = 0,
+        output_index: int | None = None,
         pool_name: str = "pool",
     ) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class MemoryLayer(nn.Module):
         self.pool = pool
         self.quorum = quorum
         self.block_index, self.pool_name = block_index, pool_name
+        self.output_index = block_index if output_index is None else output_index
         self.query = nn.Linear(hidden_size, num_heads * 2 * query_dim)
         self.keys = nn.Parameter(torch.randn(num_heads, 2, num_keys, query_dim) / math.sqrt(query_dim))
         self.key_bias = nn.Parameter(torch.zeros(num_heads, 2, num_keys))

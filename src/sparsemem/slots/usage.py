@@ -202,10 +202,12 @@ def _count_reads(
 
 
 def keys_digest(model: nn.Module) -> str:
-    """Digest of all that decides which slots are read: queries, keys, top-k and place of each layer."""
+    """Digest of what decides which slots are read, and where it goes: queries, keys, top-k and places."""
     digest = hashlib.sha256()
     for layer in memory_layers(model):
-        place = (layer.block_index, layer.pool_name, layer.top_k)
+        place: tuple[Any, ...] = (layer.block_index, layer.pool_name, layer.top_k)
+        if layer.output_index != layer.block_index:
+            place += (layer.output_index,)
         digest.update(repr(place).encode())
         for part in (layer.query.weight, layer.query.bias, layer.keys, layer.key_bias):
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())

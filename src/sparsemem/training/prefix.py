@@ -27,9 +27,10 @@ def _as_it_is(_num_tokens: int) -> contextlib.AbstractContextManager[None]:
 class PrefixCache:
     """What of a forward pass stays the same while a memory is trained, kept per example.
 
-    Below the lowest memory layer nothing ever changes, nor do its queries and keys: hidden states and
-    reads are computed once, and each further step starts there. The blocks are skipped, not removed, so
-    every family's own forward pass goes on preparing masks and positions.
+    Below the block to which the answer of the only memory layer is added nothing ever changes, nor do its
+    queries and keys: hidden states and reads are computed once, and each further step starts there. Where
+    there are several memory layers, it starts at the lowest. The blocks are skipped, not removed, so every
+    family's own forward pass goes on preparing masks and positions.
 
     A token that the only memory layer has no answer to is as it was in all blocks, if those before it are.
     So `resume` runs an example from its `start` on, behind the keys and values of what comes before, as long
@@ -45,7 +46,9 @@ class PrefixCache:
         layers = [*memory_layers(model)]
         self.layer = min(layers, key=lambda layer: layer.block_index)
         blocks = find_blocks(model, memory_config(model).blocks)
-        self.skipped = list(blocks[: self.layer.block_index])
+        self.skipped = list(blocks[: self.layer.output_index if len(layers) == 1 else self.layer.block_index])
+        # Whether the memory is asked in a block that is skipped.
+        self.reads_are_skipped = len(self.skipped) > self.layer.block_index
         self.shelf = Shelf(max_bytes)
         self.past = PastCache(model, len(self.skipped), len(blocks), self.shelf)
         # Above a second memory layer a token may change that the first has no answer to.
@@ -79,13 +82,14 @@ class PrefixCache:
             yield run
 
     def _keep_reads(self, batch: Batch, forward: Forward) -> None:
-        """Run examples not seen before up to the memory."""
+        """Run examples not seen before through all that never changes."""
         device = batch.input_ids.device
         new = [] if self.shelf.is_full else [e for e in batch.examples if not self._is_read(e)]
         for part, _ in distributed.in_step(self.model, collate_parts(new, 1, device), lambda: batch):
             inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
             with forward(part.num_tokens), self.reuse(part):
-                observe_reads(self.model, lambda *_: None, **inputs)
+                through = self.skipped[-1] if self.reads_are_skipped else None
+                observe_reads(self.model, lambda *_: None, through, **inputs)
 
     def _keep_starts(self, batch: Batch, silent: Sequence[bool], forward: Forward) -> None:
         """Run what comes before the start of examples, where that is not kept yet and stays as it is."""
@@ -106,15 +110,18 @@ class PrefixCache:
 
     @contextlib.contextmanager
     def reuse(self, batch: Batch) -> Iterator[None]:
-        """Within this context a forward pass of `batch` computes nothing below the memory twice.
+        """Within this context a forward pass of `batch` computes nothing twice that never changes.
 
         Its first pass remembers what it gave.
         """
+        reads = _padded(self._reads, batch)
         with contextlib.ExitStack() as stack:
             if self.skipped:
                 states = _padded(self._states, batch)
-                stack.enter_context(self._skipping(*states) if states else self._keeping_states(batch))
-            reads = _padded(self._reads, batch)
+                if states and (reads or not self.reads_are_skipped):
+                    stack.enter_context(self._skipping(*states))
+                else:
+                    stack.enter_context(self._keeping_states(batch))
             stack.enter_context(self._lookup(reads, batch))
             yield
 
@@ -146,9 +153,14 @@ class PrefixCache:
     @contextlib.contextmanager
     def _skipping(self, states: Tensor) -> Iterator[None]:
         result = (states,) if self._returns_tuple else states
-        for block in self.skipped:
+
+        def ask(*_args: Any, **_kwargs: Any) -> Any:
+            self.layer.beside.ask(states)  # its reads are known, whatever the states
+            return result
+
+        for index, block in enumerate(self.skipped):
             # On the instance: attributes that the model reads from its blocks stay there.
-            block.forward = lambda *_args, **_kwargs: result
+            block.forward = ask if index == self.layer.block_index else lambda *_args, **_kwargs: result
         try:
             yield
         finally:
