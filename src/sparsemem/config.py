@@ -87,7 +87,7 @@ class LoadConfig:
         return dataclasses.asdict(self)
 
 
-DEFAULT_LEARNING_RATES = {"memory": 0.4, "full": 5e-5}
+DEFAULT_LEARNING_RATES = {"memory": 0.2, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {
     "top_t", "ranking", "max_document_frequency", "anchor", "tie_rows", "weighted_reads",
@@ -117,14 +117,14 @@ class FinetuneConfig:
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None
-    """Step size; by default 0.4 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
+    """Step size; by default 0.2 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Stepped on the rows that were chosen, or on the parameters of the method."""
     adam_beta1: float | None = None
     """How much of its mean gradient "adamw" keeps from step to step; by default 0.5 for memory, whose slots
-    see a few dozen steps each, and 0.9 for all other methods."""
+    see a dozen or two steps each, and 0.9 for all other methods."""
     adam_axes: Literal["fisher", "rows"] = "fisher"
     """Axes along which "adamw" scales the steps of a memory: the eigenvectors of the Fisher information of
     background text, or the numbers of a row as they are."""
@@ -137,7 +137,7 @@ class FinetuneConfig:
     have none."""
     extrapolate: float = 1.2
     """How far from where it began a fact's row ends, relative to that mean: it is on its way still."""
-    num_epochs: int = 32
+    num_epochs: int = 12
     """Passes over the facts."""
     facts_per_batch: int = 8
     """Facts per optimizer step; slots are chosen for each of them."""
