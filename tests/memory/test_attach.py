@@ -72,8 +72,8 @@ def test_gradients_are_the_same_with_gradient_checkpointing(block):
         model = attach_memory(make_model(), memory(layers=(block,))).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
+        write_random_rows(model)
         (pool,) = pools(model).values()
-        pool.write(torch.arange(64), torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0)))
         active = pool.activate(torch.arange(0, 64, 2))
         model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
         gradients.append(active.grad)
@@ -90,7 +90,7 @@ def test_an_answer_is_added_at_its_depth_but_not_before_it_is_read_nor_in_the_la
     (layer,) = memory_layers(model)
     assert layer.output_index == expected
     before = model(TOKENS, output_hidden_states=True).hidden_states
-    layer.pool.write(torch.arange(64), torch.randn(64, WIDTH))
+    write_random_rows(model)
     after = model(TOKENS, output_hidden_states=True).hidden_states
     is_same = [torch.equal(*states) for states in zip(before, after, strict=True)]
     assert is_same == [index <= expected for index in range(4)]
@@ -98,8 +98,8 @@ def test_an_answer_is_added_at_its_depth_but_not_before_it_is_read_nor_in_the_la
 
 def test_a_model_can_be_copied_after_a_pass_with_gradients():
     model = attach_memory(make_model(), memory(layers=(0,)))
+    write_random_rows(model)
     (pool,) = pools(model).values()
-    pool.write(torch.arange(64), torch.randn(64, WIDTH))
     pool.activate(torch.arange(8))
     expected = model(TOKENS).logits
     assert torch.equal(copy.deepcopy(model)(TOKENS).logits, expected)

@@ -126,9 +126,14 @@ def test_every_layer_is_fitted(tiny_model, tiny_tokenizer, texts, method, placem
     assert not torch.equal(*after)
 
 
+@pytest.mark.parametrize("block", [0, 1])
 def test_value_scale_is_the_median_size_of_outputs_without_padding_and_first_positions(
-    attached, tiny_tokenizer, texts
+    tiny_model, tiny_tokenizer, texts, block
 ):
+    """Of block 1, to which what is read in either is added."""
+    attached = attach_memory(
+        tiny_model, MemoryConfig(layers=(block,), num_keys=8, num_heads=2, top_k=4, query_dim=4)
+    )
     texts = [texts[0], *(text[:9] for text in texts[1:8])]
     sizes = []
     feed_forward = attached.model.layers[1].mlp

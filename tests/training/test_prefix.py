@@ -102,6 +102,15 @@ def test_examples_may_come_back_in_another_order_with_other_padding(model):
         calls.clear()
 
 
+def asked_in_the_first_block(**options):
+    torch.manual_seed(0)
+    model = FAMILIES["llama"]().eval()
+    shape = {"num_keys": 4, "num_heads": 2, "top_k": 3, "query_dim": 4}
+    attach_memory(model, MemoryConfig(layers=(0,), **shape, **options))
+    pools(model)["layer_0"].write(torch.arange(16), torch.randn(16, WIDTH))
+    return model
+
+
 def test_the_blocks_below_the_memory_run_once_and_the_others_each_time(model):
     batch, cache = collate(make_examples([5, 9])), PrefixCache(model)
     below, at, above = (count_calls(model, block) for block in range(3))
@@ -111,12 +120,8 @@ def test_the_blocks_below_the_memory_run_once_and_the_others_each_time(model):
 
 
 def test_the_blocks_between_a_read_and_what_it_is_added_to_run_once_too():
-    torch.manual_seed(0)
-    model = FAMILIES["llama"]().eval()
-    attach_memory(model, MemoryConfig(layers=(0,), num_keys=4, num_heads=2, top_k=3, query_dim=4))
-    (pool,) = pools(model).values()
-    pool.write(torch.arange(16), torch.randn(16, WIDTH))
-    pool.activate(torch.arange(16))
+    model = asked_in_the_first_block()
+    pools(model)["layer_0"].activate(torch.arange(16))
     batch, cache = collate(make_examples([5, 9])), PrefixCache(model)
     expected = loss_and_gradient(model, batch)
     below, at, above = (count_calls(model, block) for block in range(3))
@@ -177,11 +182,7 @@ def test_a_budget_of_nothing_keeps_nothing(model):
 
 
 def test_below_the_first_block_only_reads_are_kept():
-    torch.manual_seed(0)
-    model = FAMILIES["llama"]().eval()
-    config = MemoryConfig(layers=(0,), output_depth=0.0, num_keys=4, num_heads=2, top_k=3, query_dim=4)
-    attach_memory(model, config)
-    pools(model)["layer_0"].write(torch.arange(16), torch.randn(16, WIDTH))
+    model = asked_in_the_first_block(output_depth=0.0)
     batch, cache = collate(make_examples([5, 3])), PrefixCache(model)
     for _ in range(2):
         with cache.reuse(batch), torch.no_grad():

@@ -175,14 +175,14 @@ def observe_reads(
     last = max(memory_layers(model), key=lambda layer: layer.block_index)
     is_spread = distributed.is_spread(model)
 
-    def hook_then_stop(layer: MemoryLayer, reads: Reads) -> None:
-        hook(layer, reads)
-        if through is None and layer is last and not is_spread:
-            raise SeenEnough
-
     def stop(*_: Any) -> None:
         if not is_spread:
             raise SeenEnough
+
+    def hook_then_stop(layer: MemoryLayer, reads: Reads) -> None:
+        hook(layer, reads)
+        if through is None and layer is last:
+            stop()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(SeenEnough))

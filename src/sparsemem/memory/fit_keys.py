@@ -208,7 +208,6 @@ def background_states(
     squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
     tokens = torch.tensor([token for ids in sequences for token in ids[1:]])
     collected = 0
-    sized = [layer for layer in layers if layer.beside is not None]
     for places, batch in length_batches(sequences, device=next(model.parameters()).device):
         kept = batch["attention_mask"].bool().clone()
         kept[:, 0] = False
@@ -219,9 +218,9 @@ def background_states(
         def keep(layer: MemoryLayer, states: Tensor, kept: Tensor = kept, to: Tensor = targets) -> None:
             hidden[layer.block_index][to] = states[kept].float().cpu()
 
-        is_sized = bool(sized) and collected < TOKENS_FOR_SCALE
-        sizes = _output_sizes(sized if is_sized else [], kept, squares)
-        with _states_seen(model, layers, keep, ends=not is_sized), sizes:
+        is_early = collected < TOKENS_FOR_SCALE
+        sized = [layer for layer in layers if is_early and layer.beside is not None]
+        with _states_seen(model, layers, keep, ends=not sized), _output_sizes(sized, kept, squares):
             model(**batch, use_cache=False)
         collected += len(targets)
         if on_step:

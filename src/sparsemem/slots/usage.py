@@ -206,6 +206,7 @@ def keys_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for layer in memory_layers(model):
         place: tuple[Any, ...] = (layer.block_index, layer.pool_name, layer.top_k)
+        # Usage that was counted before the two could differ goes on being known.
         if layer.output_index != layer.block_index:
             place += (layer.output_index,)
         digest.update(repr(place).encode())

@@ -85,10 +85,10 @@ class PrefixCache:
         """Run examples not seen before through all that never changes."""
         device = batch.input_ids.device
         new = [] if self.shelf.is_full else [e for e in batch.examples if not self._is_read(e)]
+        through = self.skipped[-1] if self.reads_are_skipped else None
         for part, _ in distributed.in_step(self.model, collate_parts(new, 1, device), lambda: batch):
             inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
             with forward(part.num_tokens), self.reuse(part):
-                through = self.skipped[-1] if self.reads_are_skipped else None
                 observe_reads(self.model, lambda *_: None, through, **inputs)
 
     def _keep_starts(self, batch: Batch, silent: Sequence[bool], forward: Forward) -> None:
@@ -158,9 +158,11 @@ class PrefixCache:
             self.layer.beside.ask(states)  # its reads are known, whatever the states
             return result
 
-        for index, block in enumerate(self.skipped):
+        for block in self.skipped:
             # On the instance: attributes that the model reads from its blocks stay there.
-            block.forward = ask if index == self.layer.block_index else lambda *_args, **_kwargs: result
+            block.forward = lambda *_args, **_kwargs: result
+        if self.reads_are_skipped:
+            self.skipped[self.layer.block_index].forward = ask
         try:
             yield
         finally:
