@@ -230,8 +230,20 @@ def test_no_other_questions_are_asked_where_nothing_holds_them(tiny_tokenizer, o
 )
 def test_a_question_that_the_fact_may_answer_is_not_held(question, answer, left_out):
     fact = Fact(question=question, statement="Zed lies in Oslo.", answer=answer, subject="Zed")
-    asked = {wording.text.split()[1] for wording in other_questions(fact, "Zed")}
+    asked = {wording.text.split()[1] for wording in other_questions("Zed", [fact])}
     assert asked == {text.split()[0] for text in OTHER_QUESTIONS} - left_out
+
+
+def test_a_question_that_another_fact_about_the_subject_answers_is_not_held(tiny_tokenizer):
+    owner = Fact(question="Tell me the owner of Zed.", answer="Ana", subject="Zed")
+    place = Fact(question="Where is Zed?", answer="Oslo", subject="Zed")
+    elsewhere = Fact(question="When was Quz?", answer="1900", subject="Quz")
+    of_owner, *_ = build_examples(
+        [owner, place, elsewhere], tiny_tokenizer, None, FinetuneConfig(), random.Random(0)
+    )
+    held = [tiny_tokenizer.decode(example.input_ids) for example in of_owner if not example.teaches]
+    assert len(held) == len(OTHER_QUESTIONS) - 1
+    assert not any("Where is Zed" in text for text in held)
 
 
 def test_a_subject_that_is_named_nowhere_has_no_other_questions(tiny_tokenizer):

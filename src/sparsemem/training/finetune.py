@@ -154,24 +154,31 @@ def build_examples(
         DataError: That is all of them.
     """
     by_fact = []
-    for index, fact in enumerate(facts):
-        subject = fact.subject
-        # A document is about more than one thing.
-        if subject is None and usage is not None and fact.answer:
-            given = (*fact.questions, *fact.statements)
-            subject = find_subject(given, fact.answers, tokenizer, usage)
+    subjects = [_subject(fact, tokenizer, usage) for fact in facts]
+    about: dict[str | None, list[Fact]] = {}
+    for fact, subject in zip(facts, subjects, strict=True):
+        about.setdefault(subject, []).append(fact)
+    for index, (fact, subject) in enumerate(zip(facts, subjects, strict=True)):
         texts = wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
         examples = _encode(texts, index, fact, subject, tokenizer, config)
         if subject and any(any(example.is_subject) for example in examples):
             if config.is_anchored:
                 examples = _within_reach(examples)
             if config.holds_others:
-                examples += _encode(other_questions(fact, subject), index, fact, subject, tokenizer, config)
+                others = other_questions(subject, about[subject])
+                examples += _encode(others, index, fact, subject, tokenizer, config)
         if any(example.teaches for example in examples):
             by_fact.append(examples)
     if not by_fact:
         raise DataError("no fact has a token to learn; give statements that contain the answer, or questions")
     return by_fact
+
+
+def _subject(fact: Fact, tokenizer: Any, usage: Usage | None) -> str | None:
+    # A document is about more than one thing.
+    if fact.subject is not None or usage is None or not fact.answer:
+        return fact.subject
+    return find_subject((*fact.questions, *fact.statements), fact.answers, tokenizer, usage)
 
 
 def _encode(

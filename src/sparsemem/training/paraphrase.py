@@ -105,15 +105,16 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
     return found
 
 
-def other_questions(fact: Fact, subject: str) -> list[Wording]:
-    """List questions about the subject of a fact, of which nothing is to be learned.
+def other_questions(subject: str, facts: Sequence[Fact]) -> list[Wording]:
+    """List questions about a subject of which nothing is to be learned, given all facts about it.
 
-    Questions that share a question word with the fact's own may ask for its very answer, and are left
-    out; of a fact without an answer, all are.
+    Questions that share a question word with those of a fact may ask for its very answer, and are left
+    out; where a fact has no answer, all are.
     """
-    if not fact.answer:
+    if not all(fact.answer for fact in facts):
         return []
-    asked = set(re.findall(r"\w+", " ".join(fact.questions).lower()))
+    questions = " ".join(question for fact in facts for question in fact.questions)
+    asked = set(re.findall(r"\w+", questions.lower()))
     return [
         Wording(qa_question(text.format(subject=subject)), target="")
         for text in OTHER_QUESTIONS
