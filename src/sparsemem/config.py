@@ -12,6 +12,9 @@ from sparsemem.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
 
+MAX_NAMES = 2**24
+"""So many whole numbers float32 tells apart."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig:
@@ -19,10 +22,10 @@ class MemoryConfig:
 
     layers: tuple[int, ...] | Literal["auto"] = "auto"
     """Blocks that get a memory, counted from 0; "auto" is one at 13 % of the depth."""
-    output_depth: float = 0.67
-    """Share of the model's depth at which what was read is added to the stream: what a name stands for is
-    looked up early, where names are read, and learned late, where little has to be run. 0 adds it where it
-    was read, as does placement="replace"."""
+    output_depth: float | None = None
+    """Share of the model's depth at which the memory answers: what a name stands for is looked up early, where
+    names are read, and learned late, where little has to be run. By default 0.78, where what is asked is plain,
+    or 0.67 with relation_dim=0. 0 adds what is read where it was read, as does placement="replace"."""
     placement: Literal["add", "replace"] = "add"
     """Beside the feed-forward network (logits unchanged at attach), or gated in its place."""
     num_keys: int = 1024
@@ -38,6 +41,10 @@ class MemoryConfig:
     they get part of it, and with 0 every read counts alone. Of no effect with a base table."""
     value_dim: int | None = None
     """Width of a row; only placement="replace" may differ from the model's width."""
+    relation_dim: int | None = None
+    """Numbers of a row that say which question about its name it answers: several facts about one name are
+    told apart by them, and what else is asked about it stays as it was. By default as many as the model is
+    wide, where one memory answers above its reads; with 0 a row answers whatever is asked."""
     shared_pool: bool = False
     """All memory layers read one pool instead of one each."""
     blocks: str = "auto"
@@ -54,14 +61,32 @@ class MemoryConfig:
         _check_positive(self, "num_keys", "num_heads", "top_k", "query_dim")
         if not 0 <= self.quorum <= 1:
             raise ConfigError(f"quorum={self.quorum} is not a share; use 0 to 1")
-        if not 0 <= self.output_depth < 1:
+        if self.output_depth is not None and not 0 <= self.output_depth < 1:
             raise ConfigError(f"output_depth={self.output_depth} is not a share below 1; use 0 to 0.99")
         if self.value_dim is not None:
             _check_positive(self, "value_dim")
+        self._check_relations()
         if self.top_k > self.num_keys**2:
             raise ConfigError(
                 f"top_k={self.top_k} exceeds the {self.num_keys**2} slots; lower it or raise num_keys"
             )
+
+    def _check_relations(self) -> None:
+        if not self.relation_dim:
+            return
+        _check_positive(self, "relation_dim")
+        if not self.can_relate:
+            raise ConfigError(
+                f"relation_dim={self.relation_dim} needs one memory layer with placement='add', a quorum, an "
+                f"output_depth and at most {MAX_NAMES} slots; or use relation_dim=0"
+            )
+
+    @property
+    def can_relate(self) -> bool:
+        """Whether rows can belong to names: one memory reads them, with a quorum, and answers above."""
+        one_layer = self.layers == "auto" or len(self.layers) == 1
+        is_above = self.placement == "add" and self.output_depth != 0
+        return one_layer and is_above and self.quorum > 0 and self.num_slots <= MAX_NAMES
 
     @property
     def num_slots(self) -> int:
@@ -137,7 +162,7 @@ class FinetuneConfig:
     have none."""
     extrapolate: float = 1.2
     """How far from where it began a fact's row ends, relative to that mean: it is on its way still."""
-    num_epochs: int = 24
+    num_epochs: int = 12
     """Passes over the facts."""
     facts_per_batch: int = 8
     """Facts per optimizer step; slots are chosen for each of them."""

@@ -121,7 +121,7 @@ def load(
     folder = local_folder(path)
     header = read_header(folder)
     # A folder made before there were these goes on without them.
-    before = {"quorum": 0.0, "output_depth": 0.0}
+    before = {"quorum": 0.0, "output_depth": 0.0, "relation_dim": 0}
     config = from_json(MemoryConfig, before | header["memory"], folder / CONFIG_FILE)
     check_weights(folder, header)
     tensors, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)

@@ -173,11 +173,13 @@ TOKENS_FOR_SCALE = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """What one layer saw: hidden states (T, D), the token of each, and the size of the outputs."""
+    """What one layer saw: hidden states (T, D), the token of each, the size of the outputs, and outputs (S, D)
+    where rows have relations to them."""
 
     hidden: Tensor
     tokens: Tensor
     scale: float
+    outputs: Tensor
 
 
 def background_states(
@@ -206,6 +208,7 @@ def background_states(
     width = layers[0].query.in_features
     hidden = {layer.block_index: torch.empty(total, width) for layer in layers}
     squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
+    outputs: list[Tensor] = []
     tokens = torch.tensor([token for ids in sequences for token in ids[1:]])
     collected = 0
     for places, batch in length_batches(sequences, device=next(model.parameters()).device):
@@ -220,13 +223,13 @@ def background_states(
 
         is_early = collected < TOKENS_FOR_SCALE
         sized = [layer for layer in layers if is_early and layer.beside is not None]
-        with _states_seen(model, layers, keep, ends=not sized), _output_sizes(sized, kept, squares):
+        with _states_seen(model, layers, keep, ends=not sized), _output_sizes(sized, kept, squares, outputs):
             model(**batch, use_cache=False)
         collected += len(targets)
         if on_step:
             on_step(collected, num_tokens)
     return [
-        States(hidden[index], tokens, _scale(squares[index]))
+        States(hidden[index], tokens, _scale(squares[index]), torch.cat(outputs) if outputs else hidden[index])
         for index in (layer.block_index for layer in layers)
     ]
 
@@ -258,7 +261,7 @@ def _states_seen(
         keep(layer, hidden)
         if ends and layer is layers[-1]:
             raise SeenEnough
-        return torch.zeros_like(hidden) if layer.pool.is_empty() else answer(hidden)
+        return torch.zeros_like(hidden) if layer.pool.is_empty() and not layer.relation else answer(hidden)
 
     for layer in layers:
         layer.forward = functools.partial(seen, layer, layer.forward)  # type: ignore[method-assign]
@@ -274,14 +277,17 @@ def _states_seen(
 
 @contextlib.contextmanager
 def _output_sizes(
-    layers: list[MemoryLayer], kept: Tensor, squares: dict[int, list[Tensor]]
+    layers: list[MemoryLayer], kept: Tensor, squares: dict[int, list[Tensor]], outputs: list[Tensor]
 ) -> Iterator[None]:
     """Collect the mean square of each output that a memory is added to, and end the pass at the last."""
     handles = []
     for layer in reversed(layers):
 
-        def keep(_module: nn.Module, _args: Any, output: Any, index: int = layer.block_index) -> None:
+        def keep(_module: nn.Module, _args: Any, output: Any, layer: MemoryLayer = layer) -> None:
+            index = layer.block_index
             values = output[0] if isinstance(output, tuple) else output
+            if layer.relation is not None:
+                outputs.append(values[kept].float().cpu())
             squares[index].append(values[kept].float().square().mean(dim=-1).cpu())
             if index == layers[-1].block_index:
                 raise SeenEnough
@@ -331,13 +337,24 @@ def _fit(
     keys_PNQ = torch.stack(
         [k_means(queries_TPQ[:, part].contiguous(), layer.num_keys, generator) for part in range(parts)]
     )
-    return {
+    return _fit_relation(layer, states) | {
         "query.weight": weight,
         "query.bias": bias,
         "keys": keys_PNQ.view(layer.keys.shape),
         # q.k - |k|^2 / 2 ranks by Euclidean distance, as k-means does.
         "key_bias": (-keys_PNQ.square().sum(-1) / 2).view(layer.key_bias.shape),
     }
+
+
+def _fit_relation(layer: MemoryLayer, states: States) -> dict[str, Tensor]:
+    """Whiten what rows have relations to, shrunk towards its principal components."""
+    if layer.relation is None:
+        return {}
+    mean_D = states.outputs.mean(dim=0)
+    values_D, vectors_DD = torch.linalg.eigh(torch.cov(states.outputs.T))
+    scaled_DD = vectors_DD / (values_D.clamp(min=0) + 0.3 * values_D.mean()).sqrt()
+    weight = scaled_DD[:, -layer.relation_dim :].T.contiguous()
+    return {"relation.weight": weight, "relation.bias": -weight @ mean_D}
 
 
 def _inverse_root(matrix_DD: Tensor) -> Tensor:

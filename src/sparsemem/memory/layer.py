@@ -10,12 +10,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import normalize, silu
 
 from sparsemem.memory.lookup import best_slots
 from sparsemem.memory.pool import NOTHING, Pool
 
 Placement = Literal["add", "replace"]
+
+SHARPNESS, NOTHING_ASKED = 1.6, 2.0
+"""Of the choice between what is known of a name: a row's key starts with length `KEY_LENGTH`, so that a state
+that asks for just this scores 8, and nothing scores 2."""
+KEY_LENGTH = 5.0
 
 TOKENS_AT_A_TIME = 256
 """Tokens whose reads are compared with one another at a time, R * R numbers each."""
@@ -68,6 +73,7 @@ class MemoryLayer(nn.Module):
         block_index: The block it sits in.
         output_index: The block beside whose feed-forward network its answer is added; by default its own.
         pool_name: Name of the pool in usage, deltas and files; layers that share a pool share it.
+        relation_dim: Numbers of a row that say what it answers; 0 for rows that answer anything.
     """
 
     keys: nn.Parameter
@@ -88,6 +94,7 @@ class MemoryLayer(nn.Module):
         block_index: int = 0,
         output_index: int | None = None,
         pool_name: str = "pool",
+        relation_dim: int = 0,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_keys, self.top_k, self.query_dim = num_heads, num_keys, top_k, query_dim
@@ -100,6 +107,8 @@ class MemoryLayer(nn.Module):
         self.key_bias = nn.Parameter(torch.zeros(num_heads, 2, num_keys))
         # Rows are in units of what they are added to, so that one learning rate suits every model.
         self.register_buffer("value_scale", torch.ones(()))
+        self.relation_dim = relation_dim
+        self.relation = nn.Linear(hidden_size, relation_dim) if relation_dim else None
         self.gate = nn.Linear(hidden_size, pool.value_dim, bias=False) if placement == "replace" else None
         self.out = nn.Linear(pool.value_dim, hidden_size, bias=False) if placement == "replace" else None
         self.beside: Any = None
@@ -117,13 +126,18 @@ class MemoryLayer(nn.Module):
         return slot_ids_THK.view(shape), scores_THK.softmax(dim=-1).view(shape)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Answer every position of (..., hidden_size) in the same shape and dtype."""
+        """Answer every position of (..., hidden_size) in the same shape and dtype.
+
+        With relations, say which names are read at each, as `names_read` does; `answer` then answers.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             slot_ids, weights = self.lookup(hidden)
             if self.before_read is not None:
                 self.before_read(self, Reads(hidden, slot_ids, weights))
             reads = self.num_heads * self.top_k
             slot_ids_TR, weights_TR = slot_ids.view(-1, reads), weights.reshape(-1, reads)
+            if self.relation is not None:
+                return self.names_read(slot_ids_TR, weights_TR).view(*hidden.shape[:-1], -1, 2)
             if self.quorum and self.pool.base is None:
                 weights_TR = weights_TR * self.agreement(slot_ids_TR, weights_TR)
             y_TV = self.pool.read(slot_ids_TR, weights_TR) * self.value_scale
@@ -131,6 +145,62 @@ class MemoryLayer(nn.Module):
                 hidden_TD = hidden.reshape(-1, hidden.shape[-1]).float()
                 y_TV = self.out(y_TV * silu(self.gate(hidden_TD)))
         return y_TV.view(hidden.shape).to(hidden.dtype)
+
+    def names_read(self, slot_ids_TR: Tensor, weights_TR: Tensor) -> Tensor:
+        """Tell the names that enough reads of a token agree on.
+
+        Args:
+            slot_ids_TR: Slots read, shape (tokens, heads * top_k).
+            weights_TR: Weight of each read, same shape.
+
+        Returns:
+            Shape (tokens, names, 2): each name and its agreement, the surest first; zeros where there is none.
+        """
+        # More than half a quorum of the reads is needed, so that no token can have more.
+        most = math.ceil(2 / self.quorum) - 1
+        agreement_TR = self.agreement(slot_ids_TR, weights_TR)
+        names_TN2 = torch.zeros(len(slot_ids_TR), most, 2, device=slot_ids_TR.device)
+        tokens = agreement_TR.any(dim=1).nonzero().squeeze(1)
+        left_SR, groups_SR = agreement_TR[tokens], self.pool.groups(slot_ids_TR[tokens])
+        for number in range(most if len(tokens) else 0):
+            surest_S1, place_S1 = left_SR.max(dim=1, keepdim=True)
+            name_S1 = groups_SR.gather(1, place_S1)
+            names_TN2[tokens, number] = torch.cat([name_S1 * (surest_S1 > 0), surest_S1], dim=1)
+            left_SR = left_SR * (groups_SR != name_S1)
+        return names_TN2
+
+    def answer(self, hidden: Tensor, names: Tensor) -> Tensor:
+        """Add what is known of the names read so far, as far as a position asks for it.
+
+        `h + c sum_r g_r v_r` with `g = softmax(s q(h) . k_r + log a_r)` over the rows r of all names read at
+        this position or before, and over nothing, whose score is `NOTHING_ASKED`; a is the highest agreement
+        with which the name was read, s is `SHARPNESS`.
+
+        Args:
+            hidden: Shape (batch, tokens, hidden_size).
+            names: Names read at the same tokens and, in front, at those before; (batch, tokens, names, 2).
+
+        Returns:
+            In the shape and dtype of `hidden`; bit for bit the same at tokens before which no name was read.
+        """
+        assert self.relation is not None
+        name_BTN, agreement_BTN = names.unbind(dim=-1)
+        found_U = name_BTN[agreement_BTN > 0].unique()
+        if not len(found_U):
+            return hidden
+        with torch.autocast(hidden.device.type, enabled=False):
+            read_BTU = torch.stack(
+                [(agreement_BTN * (name_BTN == name)).amax(dim=-1) for name in found_U], dim=-1
+            )
+            read_BTU = read_BTU.cummax(dim=1).values[:, -hidden.shape[1] :]
+            rows_RV, number_R = self.pool.rows_named(found_U)
+            _, keys_RK, values_RD = rows_RV.split([1, self.relation_dim, hidden.shape[-1]], dim=1)
+            asks_BT = read_BTU.any(dim=-1)
+            queries_PK = normalize(self.relation(hidden[asks_BT].float()), dim=-1)
+            scores_PR = SHARPNESS * queries_PK @ keys_RK.T + read_BTU[asks_BT][:, number_R].log()
+            scores_PR = torch.cat([scores_PR, scores_PR.new_full((len(scores_PR), 1), NOTHING_ASKED)], dim=1)
+            y_PD = scores_PR.softmax(dim=1)[:, :-1] @ values_RD * self.value_scale
+        return hidden.index_put((asks_BT,), y_PD.to(hidden.dtype), accumulate=True)
 
     def agreement(self, slot_ids_TR: Tensor, weights_TR: Tensor) -> Tensor:
         """Say how much the other reads of its token agree with each read.
@@ -158,6 +228,11 @@ class MemoryLayer(nn.Module):
             share_SR = (same_SRR.to(found_TR.dtype) @ found_TR[some].unsqueeze(2)).squeeze(2)
             agreement_TR[some] = (2 * share_SR / self.quorum - 1).clamp(0, 1)
         return agreement_TR
+
+    @property
+    def width(self) -> int:
+        """Numbers of what a row adds; those before it are its name and relation."""
+        return self.pool.value_dim - (1 + self.relation_dim) * self.pool.has_names
 
     def is_silent(self) -> bool:
         """Whether the output is known to be zero, so that nothing needs to be computed."""
@@ -187,5 +262,8 @@ def init_memory(layer: MemoryLayer, generator: torch.Generator) -> None:
             if linear is not None:
                 draw(linear.weight, linear.in_features)
         layer.query.bias.zero_()
+        if layer.relation is not None:
+            draw(layer.relation.weight, layer.relation.in_features)
+            layer.relation.bias.zero_()
         draw(layer.keys, layer.query_dim)
         layer.key_bias.zero_()

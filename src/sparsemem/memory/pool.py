@@ -51,6 +51,8 @@ class Pool(nn.Module):
         value_dim: Width of a row.
         base: Read-only values behind the overlay, shape (num_slots, value_dim), for example a
             memory-mapped safetensors table; None means zeros and costs nothing.
+        has_names: Whether the first number of a row is the name it belongs to, from 1 on. Several rows may
+            have one name, and a slot speaks for that.
 
     Raises:
         ConfigError: `base` has another shape.
@@ -60,8 +62,11 @@ class Pool(nn.Module):
     rows: Tensor
     holders: Tensor
 
-    def __init__(self, num_slots: int, value_dim: int, base: Tensor | None = None) -> None:
+    def __init__(
+        self, num_slots: int, value_dim: int, base: Tensor | None = None, has_names: bool = False
+    ) -> None:
         super().__init__()
+        self.has_names = has_names
         if base is not None and base.shape != (num_slots, value_dim):
             raise ConfigError(
                 f"base has shape {tuple(base.shape)}, but the pool is ({num_slots}, {value_dim}); "
@@ -126,6 +131,8 @@ class Pool(nn.Module):
         never written speaks for NOTHING.
         """
         places = self.slot_to_row[slot_ids].long()
+        if self.has_names:
+            return self._names(places)
         alone = torch.zeros_like(places, dtype=torch.bool)
         if len(self.holders):
             alone |= (places >= 0) & (self.holders[places.clamp(min=0)] == 1)
@@ -133,6 +140,24 @@ class Pool(nn.Module):
             rows = (FIRST_ACTIVE - places).clamp(min=0)
             alone |= (places <= FIRST_ACTIVE) & (self.selection.holders[rows] == 1)
         return torch.where(alone, self.num_slots, places)
+
+    def _names(self, places: Tensor) -> Tensor:
+        """Tell the name of what is at some places; NOTHING where nothing was written."""
+        names = torch.full_like(places, NOTHING)
+        in_overlay, in_active = places >= 0, places <= FIRST_ACTIVE
+        names[in_overlay] = self.rows[places[in_overlay], 0].long()
+        if self.active is not None:
+            names[in_active] = self.active.detach()[FIRST_ACTIVE - places[in_active], 0].long()
+        return names
+
+    def rows_named(self, names_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of some names, shape (rows, value_dim), and which of the names each has, (rows,).
+
+        Gradients flow to the active ones.
+        """
+        table_RV = self.rows if self.active is None else torch.cat([self.rows, self.active])
+        row_ids, number = (table_RV.detach()[:, :1] == names_N.to(table_RV.dtype)).nonzero(as_tuple=True)
+        return table_RV[row_ids], number
 
     def is_empty(self) -> bool:
         """Whether every read is zero, so that a layer may skip it altogether."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsemem.encode import length_batches
 from sparsemem.likelihood import IGNORE, label_log_probs
-from sparsemem.memory.attach import before_read, pools
+from sparsemem.memory.attach import before_read, memory_layers, pools
 
 NUM_DOCUMENTS, MAX_LENGTH = 64, 64
 """How many documents are used, and how many tokens of each."""
@@ -39,7 +39,8 @@ def fisher_directions(
         By pool name, orthonormal columns, shape (value_dim, value_dim), float32.
     """
     device = next(model.parameters()).device
-    moments = {name: torch.zeros(pool.value_dim, pool.value_dim) for name, pool in pools(model).items()}
+    widths = {layer.pool_name: layer.width for layer in memory_layers(model)}
+    moments = {name: torch.zeros(width, width) for name, width in widths.items()}
     sequences = [document[:MAX_LENGTH] for document in documents[:NUM_DOCUMENTS]]
     num_run = 0
     for places, batch in length_batches(sequences, max_tokens=TOKENS_PER_PASS, device=device):
@@ -59,13 +60,28 @@ def fisher_directions(
     return {name: torch.linalg.eigh(moment.double())[1].float() for name, moment in moments.items()}
 
 
+def _adding(added: list[tuple[str, Tensor]], name: str) -> Any:
+    def add(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        added.append((name, torch.zeros_like(hidden, requires_grad=True)))
+        changed = hidden.detach() + added[-1][1]
+        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
+
+    return add
+
+
 @contextlib.contextmanager
 def _added(model: Any) -> Iterator[list[tuple[str, Tensor]]]:
     """Within this context zeros that have a gradient are added to all that is read; yields them by pool."""
     added: list[tuple[str, Tensor]] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(before_read(model, lambda *_: None))  # a layer with an observer is never skipped
+        for layer in memory_layers(model):
+            if layer.relation is not None:
+                stack.callback(layer.beside.next.register_forward_pre_hook(_adding(added, layer.pool_name), with_kwargs=True).remove)
         for name, pool in pools(model).items():
+            if pool.has_names:
+                continue
 
             def read(slot_ids: Tensor, weights: Tensor, name: str = name, find: Any = pool.read) -> Tensor:
                 found: Tensor = find(slot_ids, weights).detach()

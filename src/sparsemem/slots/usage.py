@@ -95,11 +95,12 @@ class Usage:
                 f"usage was counted with keys {self.keys_digest[:12]}, the memory has "
                 f"{keys_digest(model)[:12]}; count_usage(...) again after attaching or fitting keys"
             )
+        widths = {layer.pool_name: layer.width for layer in memory_layers(model)}
         for name, axes in self.directions.items():
-            if axes.shape != 2 * (pools(model)[name].value_dim,):
+            if axes.shape != 2 * (widths[name],):
                 raise PoolMismatchError(
                     f"directions of {name} have shape {tuple(axes.shape)}, its rows "
-                    f"{pools(model)[name].value_dim} numbers; count_usage(...) again"
+                    f"{widths[name]} numbers; count_usage(...) again"
                 )
 
 
@@ -210,7 +211,8 @@ def keys_digest(model: nn.Module) -> str:
         if layer.output_index != layer.block_index:
             place += (layer.output_index,)
         digest.update(repr(place).encode())
-        for part in (layer.query.weight, layer.query.bias, layer.keys, layer.key_bias):
+        relation = () if layer.relation is None else (layer.relation.weight, layer.relation.bias)
+        for part in (layer.query.weight, layer.query.bias, layer.keys, layer.key_bias, *relation):
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

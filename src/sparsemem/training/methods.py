@@ -19,6 +19,7 @@ from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
 from sparsemem.training.examples import Batch, Example, FactBatch, collate, collate_parts, own_share, whole
+from sparsemem.training.naming import Naming
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import Forward, PrefixCache
 
@@ -75,6 +76,10 @@ class SparseMemory:
         self.reads_are_fixed = num_layers == 1
         self.selections: dict[tuple[Example, ...], dict[str, Chosen]] = {}
         self.owners = {name: _owners_before(pool) for name, pool in self.pools.items()}
+        self.naming = None
+        (layer, *_) = memory_layers(model)
+        if layer.relation is not None:
+            self.naming = Naming(layer)
         self.frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
@@ -90,8 +95,15 @@ class SparseMemory:
             num_steps=config.num_epochs,
             average_from=config.average_from,
             extrapolate=config.extrapolate,
-            directions=usage.directions if config.adam_axes == "fisher" else {},
+            directions=self._directions() if config.adam_axes == "fisher" else {},
         )
+
+    def _directions(self) -> dict[str, Tensor]:
+        """Directions of whole rows: what comes before the value is scaled as it is."""
+        if self.naming is None:
+            return dict(self.usage.directions)
+        before = torch.eye(1 + self.naming.layer.relation_dim)
+        return {name: torch.block_diag(before, axes) for name, axes in self.usage.directions.items()}
 
     @contextlib.contextmanager
     def step(self, batch: FactBatch, parts: Sequence[Batch]) -> Iterator[None]:
@@ -196,10 +208,13 @@ class SparseMemory:
                 if counts:
                     countable[layer.pool_name].append(self._countable(part, reads, anchored))
 
+            inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
             with self.cache.reuse(part):
-                observe_reads(
-                    self.model, collect, input_ids=part.input_ids, attention_mask=part.attention_mask
-                )
+                if self.naming is None:
+                    observe_reads(self.model, collect, **inputs)
+                else:
+                    with self.naming.asked(part):
+                        observe_reads(self.model, collect, self.naming.layer.beside.last, **inputs)
         return {name: self._select(name, collected) for name, collected in countable.items()}
 
     def _select(self, name: str, collected: Sequence[tuple[Tensor, ...]]) -> Chosen:
@@ -231,11 +246,16 @@ class SparseMemory:
         pool = self.pools[name]
         # Over a base table each slot has a row of its own from the start.
         tied = anchored if self.config.ties_rows and pool.base is None else ()
-        slot_ids, tags = self._claim(name, chosen, set(tied))
+        if self.naming is None:
+            slot_ids, tags = self._claim(name, chosen, set(tied))
+        else:
+            slot_ids, tags = self.naming.claim(chosen)
         # What the last step trained belongs to the overlay before its rows are recorded again.
         pool.deactivate()
         self.recorder.record(name, slot_ids)
         pool.activate(slot_ids, tags)
+        if self.naming is not None:
+            self.naming.begin()
 
     def _claim(self, name: str, chosen: Chosen, tied: Collection[int]) -> tuple[Tensor, Tensor]:
         """Return the slots to train, and their tags: those of one fact share a row, others have their own.

@@ -1,0 +1,175 @@
+"""Rows that belong to a name and answer one question about it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from sparsemem.config import MemoryConfig
+from sparsemem.errors import ConfigError
+from sparsemem.memory.attach import attach_memory, before_read, memory_layers, pools
+from sparsemem.memory.layer import NOTHING_ASKED, SHARPNESS
+
+VOCABULARY, WIDTH, RELATION = 40, 16, 6
+CONFIG = MemoryConfig(
+    layers=(1,), output_depth=0.5, num_keys=8, num_heads=2, top_k=4, query_dim=4, relation_dim=RELATION
+)
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            initializer_range=0.2,
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=4, n_head=2, n_positions=64, initializer_range=0.2
+        )
+    ),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    torch.manual_seed(0)
+    return attach_memory(FAMILIES[request.param]().eval(), CONFIG)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def reads_at(model, ids, position):
+    found = []
+    with before_read(model, lambda _, reads: found.append(reads.slot_ids[0, position].flatten().unique())):
+        model(input_ids=ids, use_cache=False)
+    return found[0]
+
+
+def teach(model, slot_ids, name, num_rows=1, seed=0):
+    """Write rows of one name, which share its slots."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num_rows, 1 + RELATION + WIDTH, generator=generator)
+    rows[:, 0] = name
+    (pool,) = pools(model).values()
+    pool.write(slot_ids, rows, torch.arange(len(slot_ids)) % num_rows)
+    return rows
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits[0]
+
+
+def test_logits_are_the_same_until_something_is_written(ids):
+    torch.manual_seed(0)
+    model = FAMILIES["llama"]().eval()
+    before = logits(model, ids)
+    assert torch.equal(logits(attach_memory(model, CONFIG), ids), before)
+
+
+def test_tokens_before_a_name_keep_their_logits_bit_for_bit_and_those_behind_do_not(model, ids):
+    before = logits(model, ids)
+    teach(model, reads_at(model, ids, 5), name=3)
+    first = next(place for place in range(12) if named(model, ids)[place])
+    after = logits(model, ids)
+    assert first <= 5
+    assert torch.equal(after[:first], before[:first])
+    assert (after[5:] != before[5:]).any(dim=1).all()
+
+
+@torch.no_grad()
+def named(model, ids):
+    (layer,) = memory_layers(model)
+    model(input_ids=ids, use_cache=False)
+    return [bool(token[:, 1].any()) for token in layer.beside.answer[0]]
+
+
+def test_the_answer_is_a_softmax_over_the_rows_of_the_names_read_and_nothing(model):
+    (layer,) = memory_layers(model)
+    rows = teach(model, torch.arange(6), name=3, num_rows=2)
+    teach(model, torch.arange(6, 9), name=4)
+    layer.value_scale.fill_(0.5)
+    hidden = torch.randn(1, 3, WIDTH)
+    names = torch.zeros(1, 3, 6, 2)
+    names[0, 1, 0] = torch.tensor([3, 0.25])
+    names[0, 2, 0] = torch.tensor([3, 0.125])
+    found = layer.answer(hidden, names)
+    assert torch.equal(found[0, 0], hidden[0, 0])
+    for place in (1, 2):  # what was read once goes on counting
+        query = torch.nn.functional.normalize(layer.relation(hidden[0, place]), dim=0)
+        scores = [math.exp(SHARPNESS * (query @ row[1 : 1 + RELATION]).item()) * 0.25 for row in rows]
+        total = sum(scores) + math.exp(NOTHING_ASKED)
+        expected = sum(score / total * row[1 + RELATION :] for score, row in zip(scores, rows, strict=True))
+        torch.testing.assert_close(found[0, place], hidden[0, place] + 0.5 * expected)
+
+
+def test_a_slot_speaks_for_its_name_however_many_rows_that_has(model, ids):
+    slot_ids = reads_at(model, ids, 5)
+    teach(model, slot_ids, name=3, num_rows=1)
+    as_one = named(model, ids)
+    teach(model, slot_ids, name=3, num_rows=len(slot_ids))
+    assert named(model, ids) == as_one
+    assert as_one[5]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generate_with_a_cache_equals_without(model, ids, options):
+    teach(model, reads_at(model, ids, 5), name=3, num_rows=2)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+    mask = torch.ones_like(ids)
+    cached = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options))
+
+
+def test_names_of_a_copied_and_repeated_cache_go_on_counting(model, ids):
+    teach(model, reads_at(model, ids, 5), name=3)
+    with torch.no_grad():
+        begun = model(input_ids=ids[:, :8], use_cache=True).past_key_values
+        kept = copy.deepcopy(begun)
+        kept.batch_repeat_interleave(2)
+        found = model(input_ids=ids[:, 8:].repeat(2, 1), past_key_values=kept, use_cache=True).logits
+    expected = logits(model, ids)[8:]
+    torch.testing.assert_close(found, torch.stack([expected, expected]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_without_a_name_has_no_more_layers_than_the_model(model, ids):
+    teach(model, torch.arange(1), name=1)
+    slots = reads_at(model, ids, 3)
+    (pool,) = pools(model).values()
+    pool.write(torch.arange(1), torch.zeros(1, pool.value_dim))
+    teach(model, torch.tensor([next(s for s in range(64) if s not in slots)]), name=1)
+    cache = model(input_ids=ids[:, :1], use_cache=True).past_key_values
+    if not any(named(model, ids[:, :1])):
+        assert len(cache.layers) == 4
+
+
+def test_gradients_reach_the_rows_of_the_names_read_and_no_name(model, ids):
+    (pool,) = pools(model).values()
+    slot_ids = reads_at(model, ids, 5)
+    teach(model, slot_ids, name=3, num_rows=2)
+    others = torch.tensor([slot for slot in range(64) if slot not in slot_ids][:2])
+    teach(model, others, name=9, seed=1)
+    active = pool.activate(torch.cat([slot_ids, others]), torch.tensor([*(100 + torch.arange(len(slot_ids)) % 2), 200, 200]))
+    model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    assert active.grad[:2, 1:].abs().sum(dim=1).gt(0).all()
+    assert not active.grad[:, 0].any()
+    assert not active.grad[2].any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layers": (1, 2)}, {"placement": "replace"}, {"output_depth": 0.0}, {"quorum": 0.0}],
+    ids=str,
+)
+def test_relations_need_one_memory_that_answers_above_its_reads(options):
+    with pytest.raises(ConfigError, match="relation_dim|quorum"):
+        MemoryConfig(relation_dim=8, **options)

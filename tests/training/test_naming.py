@@ -1,0 +1,95 @@
+import dataclasses
+
+import pytest
+import torch
+from tests.conftest import random_model
+
+from sparsemem.config import FinetuneConfig, MemoryConfig
+from sparsemem.data import Fact
+from sparsemem.memory.attach import attach_memory, pools
+from sparsemem.slots.usage import count_usage
+from sparsemem.training.finetune import finetune
+
+from .conftest import USAGE_OPTIONS
+
+MEMORY = MemoryConfig(
+    layers=(0,), output_depth=0.5, num_keys=16, num_heads=2, top_k=4, query_dim=4, relation_dim=6
+)
+OWNER = Fact(question="Who owns Zed?", answer="Ana", subject="Zed")
+PLACE = Fact(question="Who knows Zed?", answer="Bo", subject="Zed")
+OTHER = Fact(statement="A tired farmer is made of tin.", answer="tin", subject="A tired farmer")
+
+
+@pytest.fixture
+def model():
+    return attach_memory(random_model(), MEMORY)
+
+
+@pytest.fixture
+def usage(model, tiny_tokenizer, texts):
+    return count_usage(model, tiny_tokenizer, texts, **USAGE_OPTIONS)
+
+
+@pytest.fixture
+def teach(model, tiny_tokenizer, usage, config):
+    def teach(*facts, **options):
+        return finetune(model, tiny_tokenizer, facts, usage, dataclasses.replace(config, **({"top_t": 64} | options))).delta
+
+    return teach
+
+
+def rows_by_name(model):
+    (pool,) = pools(model).values()
+    names = pool.rows[:, 0].tolist()
+    assert all(name == int(name) and name >= 1 for name in names)
+    return {name: pool.rows[pool.rows[:, 0] == name] for name in names}
+
+
+def test_facts_about_one_subject_have_a_row_each_and_one_name(model, teach):
+    teach(OWNER, PLACE, OTHER)
+    assert sorted(map(len, rows_by_name(model).values())) == [1, 2]
+    (pool,) = pools(model).values()
+    assert (pool.holders > 0).all()
+
+
+def test_a_later_fact_about_a_subject_leaves_the_rows_of_earlier_ones_as_they_are(model, teach):
+    teach(OWNER)
+    ((name, before),) = rows_by_name(model).items()
+    teach(PLACE)
+    ((same, after),) = rows_by_name(model).items()
+    assert same == name
+    assert len(after) == 2
+    assert any(torch.equal(row, before[0]) for row in after)
+
+
+def test_taking_back_a_later_fact_gives_its_slots_back(model, teach):
+    teach(OWNER)
+    (pool,) = pools(model).values()
+    before = pool.written()
+    delta = teach(PLACE)
+    assert not torch.equal(pool.written()[1], before[1])
+    delta.invert().apply(pools(model))
+    assert all(torch.equal(found, kept) for found, kept in zip(pool.written(), before, strict=True))
+
+
+def test_a_row_starts_with_the_question_it_answers(model, teach):
+    teach(OWNER, learning_rate=1e-6)
+    ((_, (row,)),) = rows_by_name(model).items()
+    torch.testing.assert_close(row[1:7].norm(), torch.tensor(5.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"prefix_cache_bytes": 0}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_what_is_kept_and_how_a_batch_is_cut_changes_no_row(model, teach, options):
+    delta = teach(OWNER, PLACE, OTHER)
+    (pool,) = pools(model).values()
+    expected = pool.written()
+    delta.invert().apply(pools(model))
+    teach(OWNER, PLACE, OTHER, **options)
+    assert torch.equal(pool.written()[0], expected[0])
+    torch.testing.assert_close(pool.written()[1], expected[1], rtol=1e-3, atol=1e-4)
+
+
+def test_the_defaults_learn_with_relations(model, tiny_tokenizer, usage):
+    config = FinetuneConfig(num_epochs=4, facts_per_batch=2)
+    losses = finetune(model, tiny_tokenizer, [OWNER, PLACE, OTHER], usage, config).losses
+    assert sum(losses[-2:]) < sum(losses[:2])
