@@ -22,7 +22,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-TINY_MEMORY = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4)
+# Rows without names, so that any numbers will do for one; tests/memory/test_relations.py has the others.
+TINY_MEMORY = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4, relation_dim=0)
 
 
 def background_texts():

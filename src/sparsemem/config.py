@@ -23,9 +23,10 @@ class MemoryConfig:
     layers: tuple[int, ...] | Literal["auto"] = "auto"
     """Blocks that get a memory, counted from 0; "auto" is one at 13 % of the depth."""
     output_depth: float | None = None
-    """Share of the model's depth at which the memory answers: what a name stands for is looked up early, where
-    names are read, and learned late, where little has to be run. By default 0.78, where what is asked is plain,
-    or 0.67 with relation_dim=0. 0 adds what is read where it was read, as does placement="replace"."""
+    """Share of the model's depth at which the memory answers: what a name stands for is looked up early,
+    where names are read, and learned late, where little has to be run. By default 0.78, where what is asked
+    is plain, or 0.67 with relation_dim=0. 0 adds what is read where it was read, as does
+    placement="replace"."""
     placement: Literal["add", "replace"] = "add"
     """Beside the feed-forward network (logits unchanged at attach), or gated in its place."""
     num_keys: int = 1024

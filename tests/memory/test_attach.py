@@ -19,7 +19,7 @@ from sparsemem.memory.attach import (
 
 WIDTH, DEPTH, VOCABULARY = 32, 3, 97
 TOKENS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
-MEMORY = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4}
+MEMORY = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4, "relation_dim": 0}
 
 
 def make_model(depth=DEPTH):

@@ -23,7 +23,7 @@ from sparsemem.memory.attach import attach_memory, detach_memory, memory_config,
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import CONFIG_FILE, WEIGHTS_FILE, base_weights, load, save
 
-MEMORY = {"layers": (1,), "num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4}
+MEMORY = {"layers": (1,), "num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4, "relation_dim": 0}
 TOKENS = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -110,7 +110,7 @@ def test_quorum_and_output_survive_and_a_folder_older_than_they_has_neither(base
     assert [(layer.quorum, layer.output_index) for layer in memory_layers(again)] == [(0.75, 1)]
     assert torch.equal(logits(again), logits(model))
     header = json.loads((tmp_path / "memory" / CONFIG_FILE).read_text())
-    del header["memory"]["quorum"], header["memory"]["output_depth"]
+    del header["memory"]["quorum"], header["memory"]["output_depth"], header["memory"]["relation_dim"]
     (tmp_path / "memory" / CONFIG_FILE).write_text(json.dumps(header))
     older, _ = load(tmp_path / "memory")
     assert [(layer.quorum, layer.output_index) for layer in memory_layers(older)] == [(0.0, 0)]

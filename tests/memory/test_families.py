@@ -68,9 +68,10 @@ def logits(model, tokens=TOKENS):
 def write_random_rows(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for pool in pools(model).values():
-        pool.write(
-            torch.arange(pool.num_slots), torch.randn(pool.num_slots, pool.value_dim, generator=generator)
-        )
+        rows = torch.randn(pool.num_slots, pool.value_dim, generator=generator)
+        if pool.has_names:
+            rows[:, 0] = 1
+        pool.write(torch.arange(pool.num_slots), rows)
 
 
 @every_family
@@ -91,8 +92,19 @@ def test_forward_equals_itself_with_rows_that_were_reset(family):
     before = logits(model)
     attach_memory(model, memory())
     write_random_rows(model)
-    pools(model)["layer_1"].write(torch.arange(64), torch.zeros(64, WIDTH))
+    (pool,) = pools(model).values()
+    pool.write(torch.arange(64), torch.zeros(64, pool.value_dim))
     assert torch.equal(logits(model), before)
+
+
+@every_family
+def test_names_read_go_along_in_the_cache(family):
+    model = attach_memory(make_model(family), memory())
+    write_random_rows(model)
+    with torch.no_grad():
+        cache = model(TOKENS[:, :4], use_cache=True).past_key_values
+        found = model(TOKENS[:, 4:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, logits(model)[:, 4:], rtol=1e-3, atol=1e-4)
 
 
 @every_family

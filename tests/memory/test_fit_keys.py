@@ -131,9 +131,8 @@ def test_value_scale_is_the_median_size_of_outputs_without_padding_and_first_pos
     tiny_model, tiny_tokenizer, texts, block
 ):
     """Of block 1, to which what is read in either is added."""
-    attached = attach_memory(
-        tiny_model, MemoryConfig(layers=(block,), num_keys=8, num_heads=2, top_k=4, query_dim=4)
-    )
+    config = MemoryConfig(layers=(block,), num_keys=8, num_heads=2, top_k=4, query_dim=4, relation_dim=0)
+    attached = attach_memory(tiny_model, config)
     texts = [texts[0], *(text[:9] for text in texts[1:8])]
     sizes = []
     feed_forward = attached.model.layers[1].mlp

@@ -8,7 +8,7 @@ from sparsemem.memory.fit_keys import fit_keys
 from sparsemem.memory.grow import grow_memory
 from sparsemem.memory.pool import Pool
 
-SHAPE = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4)
+SHAPE = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, top_k=4, query_dim=4, relation_dim=0)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from sparsemem.config import MemoryConfig
 from sparsemem.errors import ConfigError
 from sparsemem.memory.attach import attach_memory, before_read, memory_layers, pools
+from sparsemem.memory.base_model import load_base_model
+from sparsemem.memory.checkpoint import load, save
 from sparsemem.memory.layer import NOTHING_ASKED, SHARPNESS
 
 VOCABULARY, WIDTH, RELATION = 40, 16, 6
@@ -54,10 +56,10 @@ def reads_at(model, ids, position):
     return found[0]
 
 
-def teach(model, slot_ids, name, num_rows=1, seed=0):
+def teach(model, slot_ids, name, num_rows=1, seed=0, width=WIDTH):
     """Write rows of one name, which share its slots."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(num_rows, 1 + RELATION + WIDTH, generator=generator)
+    rows = torch.randn(num_rows, 1 + RELATION + width, generator=generator)
     rows[:, 0] = name
     (pool,) = pools(model).values()
     pool.write(slot_ids, rows, torch.arange(len(slot_ids)) % num_rows)
@@ -141,15 +143,15 @@ def test_names_of_a_copied_and_repeated_cache_go_on_counting(model, ids):
     torch.testing.assert_close(found, torch.stack([expected, expected]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_without_a_name_has_no_more_layers_than_the_model(model, ids):
-    teach(model, torch.arange(1), name=1)
-    slots = reads_at(model, ids, 3)
-    (pool,) = pools(model).values()
-    pool.write(torch.arange(1), torch.zeros(1, pool.value_dim))
-    teach(model, torch.tensor([next(s for s in range(64) if s not in slots)]), name=1)
-    cache = model(input_ids=ids[:, :1], use_cache=True).past_key_values
-    if not any(named(model, ids[:, :1])):
-        assert len(cache.layers) == 4
+def test_a_cache_gets_no_further_layer_before_a_name_is_read(model, ids):
+    slot_ids, at_first = reads_at(model, ids, 5), reads_at(model, ids, 0)
+    teach(model, slot_ids[~torch.isin(slot_ids, at_first)], name=3)
+    first = named(model, ids).index(True)
+    assert first > 0
+    with torch.no_grad():
+        before = model(input_ids=ids[:, :first], use_cache=True).past_key_values
+        behind = model(input_ids=ids[:, : first + 1], use_cache=True).past_key_values
+    assert (len(before.layers), len(behind.layers)) == (4, 5)
 
 
 def test_gradients_reach_the_rows_of_the_names_read_and_no_name(model, ids):
@@ -158,7 +160,9 @@ def test_gradients_reach_the_rows_of_the_names_read_and_no_name(model, ids):
     teach(model, slot_ids, name=3, num_rows=2)
     others = torch.tensor([slot for slot in range(64) if slot not in slot_ids][:2])
     teach(model, others, name=9, seed=1)
-    active = pool.activate(torch.cat([slot_ids, others]), torch.tensor([*(100 + torch.arange(len(slot_ids)) % 2), 200, 200]))
+    active = pool.activate(
+        torch.cat([slot_ids, others]), torch.tensor([*(100 + torch.arange(len(slot_ids)) % 2), 200, 200])
+    )
     model(input_ids=ids, use_cache=False).logits.square().sum().backward()
     assert active.grad[:2, 1:].abs().sum(dim=1).gt(0).all()
     assert not active.grad[:, 0].any()
@@ -171,5 +175,34 @@ def test_gradients_reach_the_rows_of_the_names_read_and_no_name(model, ids):
     ids=str,
 )
 def test_relations_need_one_memory_that_answers_above_its_reads(options):
-    with pytest.raises(ConfigError, match="relation_dim|quorum"):
+    with pytest.raises(ConfigError, match="relation_dim=8 needs"):
         MemoryConfig(relation_dim=8, **options)
+
+
+def test_a_memory_with_relations_is_what_it_was_when_loaded_again(model_folder, tmp_path, ids):
+    model, _ = load_base_model(str(model_folder))
+    attach_memory(model, CONFIG)
+    teach(model, reads_at(model, ids, 5), name=3, num_rows=2, width=32)
+    save(model, tmp_path / "memory", str(model_folder))
+    loaded, _ = load(tmp_path / "memory")
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert named(loaded, ids) == named(model, ids)
+
+
+def test_relations_are_as_wide_as_the_model_by_default_and_none_where_they_cannot_be():
+    torch.manual_seed(0)
+    shape = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4}
+    for options, expected in (
+        ({"layers": (1,)}, WIDTH),
+        ({"layers": (0, 1)}, 0),
+        ({"layers": (3,)}, 0),
+        ({"quorum": 0.0}, 0),
+    ):
+        model = attach_memory(FAMILIES["llama"](), MemoryConfig(**shape, **options))
+        assert {layer.relation_dim for layer in memory_layers(model)} == {expected}
+    for options, reason in (
+        ({"relation_dim": 17}, "the model is 16 wide"),
+        ({"layers": (3,)}, "no block is left"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            attach_memory(FAMILIES["llama"](), MemoryConfig(**shape, **({"relation_dim": 8} | options)))

@@ -12,7 +12,7 @@ from sparsemem.memory.attach import attach_memory, before_read, memory_layers, p
 from sparsemem.slots.directions import MAX_LENGTH, NUM_DOCUMENTS, fisher_directions
 from sparsemem.slots.usage import count_usage, load_usage, save_usage
 
-MEMORY = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4}
+MEMORY = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4, "relation_dim": 0}
 PLACES = {
     "beside": {"layers": (1,)},
     "in place": {"layers": (1,), "placement": "replace"},

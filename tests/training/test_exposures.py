@@ -176,7 +176,8 @@ def rows_and_slots(delta):
 def large(tiny_model, tiny_tokenizer, texts):
     """A memory in which facts choose different slots, and its background usage."""
     model = attach_memory(
-        tiny_model, MemoryConfig(layers=(1,), num_keys=64, num_heads=2, top_k=4, query_dim=4, quorum=0.1)
+        tiny_model,
+        MemoryConfig(layers=(1,), num_keys=64, num_heads=2, top_k=4, query_dim=4, quorum=0.1, relation_dim=0),
     )
     return model, count_usage(model, tiny_tokenizer, texts, **USAGE_OPTIONS)
 

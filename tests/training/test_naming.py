@@ -33,7 +33,9 @@ def usage(model, tiny_tokenizer, texts):
 @pytest.fixture
 def teach(model, tiny_tokenizer, usage, config):
     def teach(*facts, **options):
-        return finetune(model, tiny_tokenizer, facts, usage, dataclasses.replace(config, **({"top_t": 64} | options))).delta
+        return finetune(
+            model, tiny_tokenizer, facts, usage, dataclasses.replace(config, **({"top_t": 64} | options))
+        ).delta
 
     return teach
 

@@ -53,7 +53,9 @@ def make_examples(lengths):
 def model(request):
     torch.manual_seed(0)
     model = FAMILIES[request.param]().eval()
-    attach_memory(model, MemoryConfig(layers=(1,), num_keys=4, num_heads=2, top_k=3, query_dim=4))
+    attach_memory(
+        model, MemoryConfig(layers=(1,), num_keys=4, num_heads=2, top_k=3, query_dim=4, relation_dim=0)
+    )
     model.requires_grad_(False)
     pool = pools(model)["layer_1"]
     pool.write(torch.arange(16), torch.randn(16, WIDTH))
@@ -105,7 +107,7 @@ def test_examples_may_come_back_in_another_order_with_other_padding(model):
 def asked_in_the_first_block(**options):
     torch.manual_seed(0)
     model = FAMILIES["llama"]().eval()
-    shape = {"num_keys": 4, "num_heads": 2, "top_k": 3, "query_dim": 4}
+    shape = {"num_keys": 4, "num_heads": 2, "top_k": 3, "query_dim": 4, "relation_dim": 0}
     attach_memory(model, MemoryConfig(layers=(0,), **shape, **options))
     pools(model)["layer_0"].write(torch.arange(16), torch.randn(16, WIDTH))
     return model

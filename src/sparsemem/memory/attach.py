@@ -62,7 +62,7 @@ def attach_memory(
             f"value_dim={value_dim}, but rows are added to a stream of width {hidden_size}; "
             "leave value_dim out or use placement='replace'"
         )
-    relation_dim = _relation_dim(config, hidden_size, bases or {})
+    relation_dim = _relation_dim(config, hidden_size, len(blocks) - 1 - indices[-1], bases or {})
     spots = {index: find_ffn(blocks[index], config.ffn) for index in indices}
     outputs = {index: _output_index(config, relation_dim, index, len(blocks)) for index in indices}
     if config.placement == "replace":
@@ -330,21 +330,21 @@ class _Before(_Beside):
         cache = next((some for some in (*args, *kwargs.values()) if isinstance(some, Cache)), None)
         if cache is not None:
             names = _carried(cache, names, hidden)
-        if names is None:
+        if names is None:  # nothing was ever written
             return None
         answered = self.memory.answer(hidden, names.to(hidden.device))
         return ((answered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": answered})
 
 
-class _NamesLayer(DynamicLayer):
+class _NamesLayer(DynamicLayer):  # type: ignore[misc]  # which transformers does not export with its type
     """Names read at each token, in place of keys, and their agreement, in place of values."""
 
 
 def _carried(cache: Cache, names: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """Put the names of new tokens behind those a cache has; None as long as there are none at all."""
+    """Put the names of new tokens behind those a cache has; it has no layer for them before there are some."""
     layer = next((layer for layer in cache.layers if isinstance(layer, _NamesLayer)), None)
     if layer is None and (names is None or not names.any()):
-        return None
+        return names
     if layer is None:
         layer = _NamesLayer()
         cache.layers.append(layer)
@@ -366,17 +366,22 @@ def _block_indices(config: MemoryConfig, num_blocks: int) -> tuple[int, ...]:
     return tuple(sorted(config.layers))
 
 
-def _relation_dim(config: MemoryConfig, hidden_size: int, bases: dict[str, Tensor]) -> int:
+def _relation_dim(config: MemoryConfig, hidden_size: int, num_above: int, bases: dict[str, Tensor]) -> int:
+    """Return the width of the keys of rows; `num_above` blocks are left to answer in."""
     if config.relation_dim is None:
-        return hidden_size if config.can_relate and not bases else 0
-    if config.relation_dim > hidden_size or (config.relation_dim and bases):
-        reason = "rows of a base table have no names" if bases else f"the model is {hidden_size} wide"
+        return hidden_size if config.can_relate and num_above and not bases else 0
+    reasons = {
+        "rows of a base table have no names": bool(bases),
+        "no block is left above to answer in": not num_above,
+        f"the model is {hidden_size} wide": config.relation_dim > hidden_size,
+    }
+    if config.relation_dim and (reason := next((why for why, holds in reasons.items() if holds), None)):
         raise ConfigError(f"relation_dim={config.relation_dim}, but {reason}; use relation_dim=0")
     return config.relation_dim
 
 
 def _output_index(config: MemoryConfig, relation_dim: int, index: int, num_blocks: int) -> int:
-    """Return the block to which what is read in block `index` is added, or at whose beginning it is answered."""
+    """Return the block beside or before which what is read in block `index` is answered."""
     if config.placement == "replace":
         return index
     depth = config.output_depth

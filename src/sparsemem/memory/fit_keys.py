@@ -173,13 +173,18 @@ TOKENS_FOR_SCALE = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """What one layer saw: hidden states (T, D), the token of each, the size of the outputs, and outputs (S, D)
-    where rows have relations to them."""
+    """What one layer saw: hidden states (T, D), their tokens, and outputs it is added to (S, D)."""
 
     hidden: Tensor
     tokens: Tensor
-    scale: float
     outputs: Tensor
+
+    @property
+    def scale(self) -> float:
+        """Root of the median mean square of the outputs: a few outlying positions must not decide."""
+        if not len(self.outputs):
+            return 1.0
+        return max(self.outputs.square().mean(dim=-1).median().sqrt().item(), 1e-6)
 
 
 def background_states(
@@ -207,8 +212,7 @@ def background_states(
         )
     width = layers[0].query.in_features
     hidden = {layer.block_index: torch.empty(total, width) for layer in layers}
-    squares: dict[int, list[Tensor]] = {layer.block_index: [] for layer in layers}
-    outputs: list[Tensor] = []
+    outputs = {layer.block_index: [torch.empty(0, width)] for layer in layers}
     tokens = torch.tensor([token for ids in sequences for token in ids[1:]])
     collected = 0
     for places, batch in length_batches(sequences, device=next(model.parameters()).device):
@@ -223,13 +227,13 @@ def background_states(
 
         is_early = collected < TOKENS_FOR_SCALE
         sized = [layer for layer in layers if is_early and layer.beside is not None]
-        with _states_seen(model, layers, keep, ends=not sized), _output_sizes(sized, kept, squares, outputs):
+        with _states_seen(model, layers, keep, ends=not sized), _outputs(sized, kept, outputs):
             model(**batch, use_cache=False)
         collected += len(targets)
         if on_step:
             on_step(collected, num_tokens)
     return [
-        States(hidden[index], tokens, _scale(squares[index]), torch.cat(outputs) if outputs else hidden[index])
+        States(hidden[index], tokens, torch.cat(outputs[index]))
         for index in (layer.block_index for layer in layers)
     ]
 
@@ -276,19 +280,14 @@ def _states_seen(
 
 
 @contextlib.contextmanager
-def _output_sizes(
-    layers: list[MemoryLayer], kept: Tensor, squares: dict[int, list[Tensor]], outputs: list[Tensor]
-) -> Iterator[None]:
-    """Collect the mean square of each output that a memory is added to, and end the pass at the last."""
+def _outputs(layers: list[MemoryLayer], kept: Tensor, outputs: dict[int, list[Tensor]]) -> Iterator[None]:
+    """Collect what memories are added to, and end the pass at the last."""
     handles = []
     for layer in reversed(layers):
 
-        def keep(_module: nn.Module, _args: Any, output: Any, layer: MemoryLayer = layer) -> None:
-            index = layer.block_index
+        def keep(_module: nn.Module, _args: Any, output: Any, index: int = layer.block_index) -> None:
             values = output[0] if isinstance(output, tuple) else output
-            if layer.relation is not None:
-                outputs.append(values[kept].float().cpu())
-            squares[index].append(values[kept].float().square().mean(dim=-1).cpu())
+            outputs[index].append(values[kept].float().cpu())
             if index == layers[-1].block_index:
                 raise SeenEnough
 
@@ -299,11 +298,6 @@ def _output_sizes(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _scale(squares: list[Tensor]) -> float:
-    """Root of the median mean square: a few outlying positions must not decide."""
-    return max(torch.cat(squares).median().sqrt().item(), 1e-6) if squares else 1.0
 
 
 def _check_width(layers: list[MemoryLayer]) -> None:

@@ -80,6 +80,9 @@ def grow_memory(
     config, layers = memory_config(model), list(memory_layers(model))
     if num_keys <= config.num_keys:
         raise ConfigError(f"num_keys={num_keys}, and the memory has {config.num_keys}; give more")
+    grown = dataclasses.replace(config, num_keys=num_keys)
+    if any(pool.has_names for pool in pools(model).values()) and not grown.can_relate:
+        raise ConfigError(f"num_keys={num_keys} makes more slots than names can be counted; give fewer")
     if any(pool.base is not None for pool in pools(model).values()):
         raise ConfigError("a memory with a base table cannot grow: the table has no rows for new slots")
     documents = background_documents(texts, tokenizer)
@@ -106,7 +109,7 @@ def grow_memory(
         num_old, layer.num_keys = layer.num_keys**2, num_keys
         after = [layer.lookup(some) for some in (states.hidden, kept_MD)]
         growth[layer.block_index] = _compared(before, after, num_old)
-    unwrapped(model).memory_config = dataclasses.replace(config, num_keys=num_keys)
+    unwrapped(model).memory_config = grown
     return growth
 
 

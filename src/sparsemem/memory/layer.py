@@ -154,7 +154,7 @@ class MemoryLayer(nn.Module):
             weights_TR: Weight of each read, same shape.
 
         Returns:
-            Shape (tokens, names, 2): each name and its agreement, the surest first; zeros where there is none.
+            Shape (tokens, names, 2): each name and its agreement, the surest first, then zeros.
         """
         # More than half a quorum of the reads is needed, so that no token can have more.
         most = math.ceil(2 / self.quorum) - 1
@@ -187,7 +187,8 @@ class MemoryLayer(nn.Module):
         name_BTN, agreement_BTN = names.unbind(dim=-1)
         found_U = name_BTN[agreement_BTN > 0].unique()
         if not len(found_U):
-            return hidden
+            # A gradient of zero, not none: of several processes each goes backward.
+            return hidden if self.pool.active is None else hidden + 0 * self.pool.active.sum()
         with torch.autocast(hidden.device.type, enabled=False):
             read_BTU = torch.stack(
                 [(agreement_BTN * (name_BTN == name)).amax(dim=-1) for name in found_U], dim=-1

@@ -78,7 +78,11 @@ def _added(model: Any) -> Iterator[list[tuple[str, Tensor]]]:
         stack.enter_context(before_read(model, lambda *_: None))  # a layer with an observer is never skipped
         for layer in memory_layers(model):
             if layer.relation is not None:
-                stack.callback(layer.beside.next.register_forward_pre_hook(_adding(added, layer.pool_name), with_kwargs=True).remove)
+                stack.callback(
+                    layer.beside.next.register_forward_pre_hook(
+                        _adding(added, layer.pool_name), with_kwargs=True
+                    ).remove
+                )
         for name, pool in pools(model).items():
             if pool.has_names:
                 continue

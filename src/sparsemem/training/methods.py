@@ -76,9 +76,10 @@ class SparseMemory:
         self.reads_are_fixed = num_layers == 1
         self.selections: dict[tuple[Example, ...], dict[str, Chosen]] = {}
         self.owners = {name: _owners_before(pool) for name, pool in self.pools.items()}
-        self.naming = None
-        (layer, *_) = memory_layers(model)
+        self.naming: Naming | None = None
+        layer, *_ = memory_layers(model)
         if layer.relation is not None:
+            _check_named(config)
             self.naming = Naming(layer)
         self.frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self.frozen:
@@ -283,6 +284,15 @@ class SparseMemory:
             trained |= (owner <= EARLIER) & torch.isin(slot_ids, torch.cat(untied))
         tags = torch.where(is_owned, self.pools[name].num_slots + owner, slot_ids)
         return slot_ids[trained], tags[trained]
+
+
+def _check_named(config: FinetuneConfig) -> None:
+    for name, fine in {"tie_rows": True, "weight_decay": 0.0}.items():
+        if (value := getattr(config, name)) != fine:
+            raise ConfigError(
+                f"{name}={value} does not suit rows that belong to a name; use {name}={fine}, or a memory "
+                "that was attached with relation_dim=0"
+            )
 
 
 def _owners_before(pool: Pool) -> Tensor:

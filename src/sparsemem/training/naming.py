@@ -18,7 +18,7 @@ from sparsemem.memory.pool import IN_BASE
 from sparsemem.training.examples import Batch
 
 NOBODY = -1
-"""Owner of a slot that holds nothing; a fact of this update has its number, an earlier row one below NOBODY."""
+"""Owner of a slot that holds nothing. A fact of this update has its number, an earlier row one below this."""
 
 
 class Naming:
@@ -73,7 +73,8 @@ class Naming:
 
     def begin(self) -> None:
         """Give the active rows that are new their name, and the key by which they were asked for."""
-        assert self.pool.active is not None and self.pool.selection is not None
+        assert self.pool.active is not None
+        assert self.pool.selection is not None
         facts = (self.pool.selection.tags - self.pool.num_slots).tolist()
         with torch.no_grad():
             new_N = (~self.pool.active.any(dim=1)).nonzero().squeeze(1)
