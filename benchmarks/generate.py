@@ -47,6 +47,8 @@ def teach(model: Any, usage: sparsemem.Usage) -> None:
         rare = ((frequency > 0) & (frequency <= MOST_DOCUMENTS * usage.num_documents)).nonzero().squeeze(1)
         slots = rare[torch.randperm(len(rare), generator=generator)[: NUM_FACTS * SLOTS_PER_FACT]]
         rows = torch.randn(NUM_FACTS, pool.value_dim, generator=generator)
+        if pool.has_names:
+            rows[:, 0] = torch.arange(1, NUM_FACTS + 1)
         pool.write(slots, rows.repeat_interleave(SLOTS_PER_FACT, dim=0)[: len(slots)])
 
 

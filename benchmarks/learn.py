@@ -37,8 +37,8 @@ from sparsemem.study.attach import attach_to_folder
 
 PREPARED = Path("~/.cache/sparsemem/experiments/data/trivia.jsonl").expanduser()
 CONTENDERS: dict[str, dict[str, Any]] = {
-    "memory": {"learning_rate": 0.6, "penalty": "none"},
-    "memory_held": {"learning_rate": 0.6},
+    "memory": {"penalty": "none"},
+    "memory_held": {},
     "lora": {"learning_rate": 1e-3},
     "full": {"learning_rate": 1e-4},
 }

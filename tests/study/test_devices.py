@@ -45,13 +45,13 @@ def gpu():
     "options",
     [
         {},
-        {"tie_rows": False, "anchor": "all", "weighted_reads": False, "optimizer": "sgd", "momentum": 0.9},
+        {"anchor": "all", "weighted_reads": False, "optimizer": "sgd", "momentum": 0.9},
         {"ranking": "kl", "gradient_accumulation_steps": 2},
         {"ranking": "random", "penalty": "kl", "replay_fraction": 0.3, "prefix_cache_bytes": 1},
         {"method": "full", **DENSE},
         {"method": "lora", "peft": {"r": 2}, **DENSE},
     ],
-    ids=["memory", "paper", "parts", "guarded", "full", "lora"],
+    ids=["memory", "as in the paper", "parts", "guarded", "full", "lora"],
 )
 def test_learning(gpu, folder, facts, config, background, tmp_path, options):
     (tmp_path / "asked.jsonl").write_text('{"question": "Who wrote it?", "answers": ["Eva"]}\n')

@@ -38,8 +38,10 @@ def write(model, slot_ids, seed, name, facts=()):
     """Make an update by hand: random rows, one for all slots."""
     recorder = DeltaRecorder(pools(model))
     recorder.record("layer_1", slot_ids)
-    row = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed))
-    pools(model)["layer_1"].write(slot_ids, row.expand(len(slot_ids), -1))
+    pool = pools(model)["layer_1"]
+    row = torch.randn(1, pool.value_dim, generator=torch.Generator().manual_seed(seed))
+    row[0, 0] = 1 + seed  # the name it belongs to
+    pool.write(slot_ids, row.expand(len(slot_ids), -1))
     return Taught(name, f"update {name}", tuple(facts), recorder.delta())
 
 

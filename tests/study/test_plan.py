@@ -39,7 +39,7 @@ def test_figures_are_those_of_the_folder(folder, facts, config):
     assert pool["fill"] == len(written) / 64
     assert pool["num_shared"] == len(set(first.tolist()) & set(second.tolist()))
     assert pool["hit_share"] == pytest.approx(int(usage.reads[written].sum()) / int(usage.reads.sum()))
-    assert result["memory_bytes"]["rows"] == pools(model)["layer_1"].num_rows * (32 * 4 + 4)
+    assert result["memory_bytes"]["rows"] == pools(model)["layer_1"].num_rows * ((1 + 2 * 32) * 4 + 4)
     assert result["memory_bytes"]["keys"] == sum(
         p.numel() * 4 for name, p in model.named_parameters() if ".memory." in name
     )
