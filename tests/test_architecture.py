@@ -24,6 +24,7 @@ MEMORY_ORDER = (
     {"read"},
     {"pool"},
     {"layer", "delta"},
+    {"hooks"},
     {"attach"},
     {"fit_keys", "checkpoint", "shard"},
     {"grow"},

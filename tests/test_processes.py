@@ -38,7 +38,10 @@ PAPER = {"tie_rows": False, "anchor": "all", "weighted_reads": False}
 DENSE_RATE = {"learning_rate": 1e-3, "optimizer": "sgd"}
 RUNS = {
     "tied": ({"layers": (1,)}, {}),
-    "paper": ({"layers": (1,)}, {**PAPER, "gradient_accumulation_steps": 2, "facts_per_batch": 4}),
+    "paper": (
+        {"layers": (1,), "relation_dim": 0},
+        {**PAPER, "gradient_accumulation_steps": 2, "facts_per_batch": 4},
+    ),
     "nothing for one": ({"layers": (1,)}, {"facts_per_batch": 1, "wordings_per_step": 1, "held_per_step": 0}),
     "guarded": ({"layers": (1,)}, {"penalty": "kl", "replay_fraction": 0.3, "optimizer": "sgd"}),
     "reads move": ({"layers": (0, 2), "shared_pool": True}, {"optimizer": "sgd", "stream": True}),

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from sparsemem.config import MemoryConfig
 from sparsemem.errors import ConfigError
-from sparsemem.memory.attach import attach_memory, before_read, memory_layers, pools
+from sparsemem.memory.attach import attach_memory, before_read, detach_memory, memory_layers, pools
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import load, save
 from sparsemem.memory.layer import NOTHING_ASKED, SHARPNESS
@@ -206,3 +206,12 @@ def test_relations_are_as_wide_as_the_model_by_default_and_none_where_they_canno
     ):
         with pytest.raises(ConfigError, match=reason):
             attach_memory(FAMILIES["llama"](), MemoryConfig(**shape, **({"relation_dim": 8} | options)))
+
+
+def test_a_copy_answers_by_itself(model, ids):
+    before = logits(model, ids)
+    copied = copy.deepcopy(model)
+    teach(copied, reads_at(copied, ids, 5), name=3)
+    assert not torch.equal(logits(copied, ids), before)
+    assert torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(detach_memory(copied), ids), before)

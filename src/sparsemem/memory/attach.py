@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from sparsemem import distributed
 from sparsemem.config import MemoryConfig
 from sparsemem.errors import ConfigError, LayerNotFoundError, NotAttachedError, UnknownArchitectureError
+from sparsemem.memory.hooks import Before, Beside
 from sparsemem.memory.layer import BeforeRead, MemoryLayer, Reads, init_memory
 from sparsemem.memory.pool import Pool
 
@@ -74,10 +72,10 @@ def attach_memory(
         if config.placement == "add":
             blocks[index].memory = layer
             if relation_dim:
-                layer.beside = _Before(layer, first, blocks[layer.output_index - 1 :][:2])
+                layer.beside = Before(layer, first, blocks[layer.output_index - 1 :][:2])
             else:
                 _, (_, last) = find_ffn(blocks[layer.output_index], config.ffn)
-                layer.beside = _Beside(layer, first, last)
+                layer.beside = Beside(layer, first, last)
         else:
             # In a list, so that the network neither trains nor shows up in the state dict.
             layer.replaced = [first]
@@ -257,101 +255,6 @@ def find_ffn(block: nn.Module, path: str = "auto") -> tuple[str, tuple[nn.Module
         f"no feed-forward network {'under a known name' if path == 'auto' else repr(path)} in "
         f"{type(block).__name__}; name it with ffn='...' among its parts: {children}"
     )
-
-
-class _Beside:
-    """Hooks that add a memory's answer to the output of a feed-forward network.
-
-    Args:
-        memory: What answers.
-        first: First module of the network beside which it asks.
-        last: Last module of the network to whose output the answer is added; the same or of a later block.
-    """
-
-    def __init__(self, memory: MemoryLayer, first: nn.Module, last: nn.Module) -> None:
-        self.memory, self.last = memory, last
-        self.answer: Tensor | None = None
-        self.handles: list[RemovableHandle] = [
-            first.register_forward_pre_hook(self.enter, with_kwargs=True),
-            last.register_forward_hook(self.leave),
-        ]
-
-    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.ask(args[0] if args else kwargs["hidden_states"])
-
-    def ask(self, hidden: Tensor) -> None:
-        """Have the answer to a hidden state ready, for the end of the network."""
-        self.answer = None if self.memory.is_silent() else self.memory(hidden)
-
-    def leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        # Kept until the next pass: gradient checkpointing runs a block again, and not those before it.
-        if self.answer is None:
-            return output
-        if isinstance(output, tuple):  # a mixture of experts also returns its router's logits
-            return (output[0] + self._answer_to(output[0]), *output[1:])
-        return output + self._answer_to(output)
-
-    def _answer_to(self, output: Tensor) -> Tensor:
-        assert self.answer is not None
-        return self.answer.view(output.shape).to(output.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model starts with its own pass, and a tensor with a history cannot be copied.
-        return self.__dict__ | {"answer": None}
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-class _Before(_Beside):
-    """Hooks by which a memory with relations answers the stream at the beginning of a block.
-
-    Which names were read before goes along in the model's own cache of keys and values, as one more layer of
-    it: so it is repeated, reordered and cut with the others.
-
-    Args:
-        memory: What answers.
-        first: First module of the feed-forward network beside which names are read.
-        blocks: The block behind which it is answered, and the next.
-    """
-
-    def __init__(self, memory: MemoryLayer, first: nn.Module, blocks: nn.ModuleList) -> None:
-        self.memory, (self.last, self.next) = memory, blocks
-        self.answer: Tensor | None = None
-        self.handles = [
-            first.register_forward_pre_hook(self.enter, with_kwargs=True),
-            self.next.register_forward_pre_hook(self.add, with_kwargs=True),
-        ]
-
-    def add(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        names = None if self.answer is None else self.answer.view(*hidden.shape[:-1], -1, 2)
-        cache = next((some for some in (*args, *kwargs.values()) if isinstance(some, Cache)), None)
-        if cache is not None:
-            names = _carried(cache, names, hidden)
-        if names is None:  # nothing was ever written
-            return None
-        answered = self.memory.answer(hidden, names.to(hidden.device))
-        return ((answered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": answered})
-
-
-class _NamesLayer(DynamicLayer):  # type: ignore[misc]  # which transformers does not export with its type
-    """Names read at each token, in place of keys, and their agreement, in place of values."""
-
-
-def _carried(cache: Cache, names: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """Put the names of new tokens behind those a cache has; it has no layer for them before there are some."""
-    layer = next((layer for layer in cache.layers if isinstance(layer, _NamesLayer)), None)
-    if layer is None and (names is None or not names.any()):
-        return names
-    if layer is None:
-        layer = _NamesLayer()
-        cache.layers.append(layer)
-    if names is None:
-        names = layer.keys.new_zeros(*hidden.shape[:2], layer.keys.shape[-1], 2)
-    parts = layer.update(*names.unsqueeze(1).unbind(dim=-1))
-    return torch.stack(parts, dim=-1).squeeze(1)
 
 
 def _block_indices(config: MemoryConfig, num_blocks: int) -> tuple[int, ...]:

@@ -143,18 +143,13 @@ class Pool(nn.Module):
 
     def _names(self, places: Tensor) -> Tensor:
         """Tell the name of what is at some places; NOTHING where nothing was written."""
-        names = torch.full_like(places, NOTHING)
-        in_overlay, in_active = places >= 0, places <= FIRST_ACTIVE
-        names[in_overlay] = self.rows[places[in_overlay], 0].long()
-        if self.active is not None:
-            names[in_active] = self.active.detach()[FIRST_ACTIVE - places[in_active], 0].long()
-        return names
+        rows, active = self.rows, self.rows[:0] if self.active is None else self.active.detach()
+        names = torch.cat([rows[:, 0], active[:, 0], rows.new_full((1,), NOTHING)])
+        of_active = torch.where(places == IN_BASE, -1, len(rows) + FIRST_ACTIVE - places)
+        return names[torch.where(places >= 0, places, of_active)].long()
 
     def rows_named(self, names_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of some names, shape (rows, value_dim), and which of the names each has, (rows,).
-
-        Gradients flow to the active ones.
-        """
+        """Return the rows of some names, and which of these each has; gradients flow to the active ones."""
         table_RV = self.rows if self.active is None else torch.cat([self.rows, self.active])
         row_ids, number = (table_RV.detach()[:, :1] == names_N.to(table_RV.dtype)).nonzero(as_tuple=True)
         return table_RV[row_ids], number

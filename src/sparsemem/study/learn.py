@@ -21,8 +21,8 @@ from sparsemem.store.load import load
 from sparsemem.study.measure import measure, num_base_values, resolve_probes
 from sparsemem.study.policy import check_contradictions
 from sparsemem.study.session import Session
+from sparsemem.training.baselines import check_method
 from sparsemem.training.finetune import check_fsdp
-from sparsemem.training.methods import check_method
 
 
 def learn(

@@ -23,7 +23,7 @@ from sparsemem.evaluation.probes import load_probes
 from sparsemem.files import read_json, write_json
 from sparsemem.study.provenance import data_sha
 from sparsemem.study.run import RunSpec
-from sparsemem.training.methods import check_method
+from sparsemem.training.baselines import check_method
 
 GRACE_SECONDS = 3.0
 """What a process gets to end by itself after Ctrl-C, which a terminal sends to all of them."""

@@ -18,8 +18,9 @@ from sparsemem.errors import ConfigError, DataError, PoolMismatchError, Training
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.slots.subject import find_subject
 from sparsemem.slots.usage import Usage
+from sparsemem.training.baselines import DenseWeights
 from sparsemem.training.examples import Example, FactBatch, encode_wording
-from sparsemem.training.methods import DenseWeights, SparseMemory
+from sparsemem.training.methods import SparseMemory
 from sparsemem.training.paraphrase import Wording, other_questions, with_own_paraphrases, wordings
 from sparsemem.training.penalties import check_guards
 from sparsemem.training.step import GradientStep

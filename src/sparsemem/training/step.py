@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsemem import distributed
 from sparsemem.config import FinetuneConfig
+from sparsemem.training.baselines import DenseWeights
 from sparsemem.training.examples import (
     Batch,
     Example,
@@ -19,7 +20,7 @@ from sparsemem.training.examples import (
     own_share,
 )
 from sparsemem.training.loss import FactLoss
-from sparsemem.training.methods import DenseWeights, SparseMemory
+from sparsemem.training.methods import SparseMemory
 from sparsemem.training.penalties import build_guards
 from sparsemem.training.precision import MixedPrecision
 
