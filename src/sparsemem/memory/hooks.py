@@ -88,7 +88,7 @@ class Before(Beside):
             names = _carried(cache, names, hidden)
         if names is None:  # nothing was ever written
             return None
-        answered = self.memory.answer(hidden, names.to(hidden.device))
+        answered = self.memory.answer(hidden, names)
         return ((answered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": answered})
 
 
@@ -106,5 +106,5 @@ def _carried(cache: Cache, names: Tensor | None, hidden: Tensor) -> Tensor | Non
         cache.layers.append(layer)
     if names is None:
         names = layer.keys.new_zeros(*hidden.shape[:2], layer.keys.shape[-1], 2)
-    parts = layer.update(*names.unsqueeze(1).unbind(dim=-1))
+    parts = layer.update(*names.unsqueeze(1).unbind(dim=-1))  # both of shape (batch, 1, tokens, names)
     return torch.stack(parts, dim=-1).squeeze(1)

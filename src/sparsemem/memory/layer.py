@@ -188,7 +188,7 @@ class MemoryLayer(nn.Module):
         found_U = name_BTN[agreement_BTN > 0].unique()
         if not len(found_U):
             # A gradient of zero, not none: of several processes each goes backward.
-            return hidden if self.pool.active is None else hidden + 0 * self.pool.active.sum()
+            return hidden if self.pool.active is None else hidden + 0 * self.pool.active.sum().to(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             read_BTU = torch.stack(
                 [(agreement_BTN * (name_BTN == name)).amax(dim=-1) for name in found_U], dim=-1
@@ -197,11 +197,13 @@ class MemoryLayer(nn.Module):
             rows_RV, number_R = self.pool.rows_named(found_U)
             _, keys_RK, values_RD = rows_RV.split([1, self.relation_dim, hidden.shape[-1]], dim=1)
             asks_BT = read_BTU.any(dim=-1)
-            queries_PK = normalize(self.relation(hidden[asks_BT].float()), dim=-1)
+            # The block that is answered may lie on another device than the memory.
+            asking_PD = hidden[asks_BT.to(hidden.device)].float().to(names.device)
+            queries_PK = normalize(self.relation(asking_PD), dim=-1)
             scores_PR = SHARPNESS * queries_PK @ keys_RK.T + read_BTU[asks_BT][:, number_R].log()
             scores_PR = torch.cat([scores_PR, scores_PR.new_full((len(scores_PR), 1), NOTHING_ASKED)], dim=1)
             y_PD = scores_PR.softmax(dim=1)[:, :-1] @ values_RD * self.value_scale
-        return hidden.index_put((asks_BT,), y_PD.to(hidden.dtype), accumulate=True)
+        return hidden.index_put((asks_BT.to(hidden.device),), y_PD.to(hidden), accumulate=True)
 
     def agreement(self, slot_ids_TR: Tensor, weights_TR: Tensor) -> Tensor:
         """Say how much the other reads of its token agree with each read.
