@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tests.memory.test_families import make_model
 
 from sparsemem.config import MemoryConfig
 from sparsemem.errors import ConfigError
@@ -18,29 +18,17 @@ VOCABULARY, WIDTH, RELATION = 40, 16, 6
 CONFIG = MemoryConfig(
     layers=(1,), output_depth=0.5, num_keys=8, num_heads=2, top_k=4, query_dim=4, relation_dim=RELATION
 )
-FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            initializer_range=0.2,
-        )
-    ),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=4, n_head=2, n_positions=64, initializer_range=0.2
-        )
-    ),
-}
+FAMILIES = ("llama", "gpt2")
+
+
+def untaught(family):
+    shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 4, "initializer_range": 0.2}
+    return make_model(family, **shape)
 
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
-    torch.manual_seed(0)
-    return attach_memory(FAMILIES[request.param]().eval(), CONFIG)
+    return attach_memory(untaught(request.param), CONFIG)
 
 
 @pytest.fixture
@@ -72,8 +60,7 @@ def logits(model, ids):
 
 
 def test_logits_are_the_same_until_something_is_written(ids):
-    torch.manual_seed(0)
-    model = FAMILIES["llama"]().eval()
+    model = untaught("llama")
     before = logits(model, ids)
     assert torch.equal(logits(attach_memory(model, CONFIG), ids), before)
 
@@ -158,7 +145,8 @@ def test_gradients_reach_the_rows_of_the_names_read_and_no_name(model, ids):
     (pool,) = pools(model).values()
     slot_ids = reads_at(model, ids, 5)
     teach(model, slot_ids, name=3, num_rows=2)
-    others = torch.tensor([slot for slot in range(64) if slot not in slot_ids][:2])
+    read = torch.cat([reads_at(model, ids, place) for place in range(12)])
+    others = torch.tensor([slot for slot in range(64) if slot not in read][:2])
     teach(model, others, name=9, seed=1)
     active = pool.activate(
         torch.cat([slot_ids, others]), torch.tensor([*(100 + torch.arange(len(slot_ids)) % 2), 200, 200])
@@ -190,7 +178,6 @@ def test_a_memory_with_relations_is_what_it_was_when_loaded_again(model_folder, 
 
 
 def test_relations_are_as_wide_as_the_model_by_default_and_none_where_they_cannot_be():
-    torch.manual_seed(0)
     shape = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4}
     for options, expected in (
         ({"layers": (1,)}, WIDTH),
@@ -198,14 +185,14 @@ def test_relations_are_as_wide_as_the_model_by_default_and_none_where_they_canno
         ({"layers": (3,)}, 0),
         ({"quorum": 0.0}, 0),
     ):
-        model = attach_memory(FAMILIES["llama"](), MemoryConfig(**shape, **options))
+        model = attach_memory(untaught("llama"), MemoryConfig(**shape, **options))
         assert {layer.relation_dim for layer in memory_layers(model)} == {expected}
     for options, reason in (
         ({"relation_dim": 17}, "the model is 16 wide"),
         ({"layers": (3,)}, "no block is left"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            attach_memory(FAMILIES["llama"](), MemoryConfig(**shape, **({"relation_dim": 8} | options)))
+            attach_memory(untaught("llama"), MemoryConfig(**shape, **({"relation_dim": 8} | options)))
 
 
 def test_a_copy_answers_by_itself(model, ids):

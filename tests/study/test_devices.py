@@ -51,7 +51,7 @@ def gpu():
         {"method": "full", **DENSE},
         {"method": "lora", "peft": {"r": 2}, **DENSE},
     ],
-    ids=["memory", "as in the paper", "parts", "guarded", "full", "lora"],
+    ids=["memory", "anywhere", "parts", "guarded", "full", "lora"],
 )
 def test_learning(gpu, folder, facts, config, background, tmp_path, options):
     (tmp_path / "asked.jsonl").write_text('{"question": "Who wrote it?", "answers": ["Eva"]}\n')
@@ -61,6 +61,22 @@ def test_learning(gpu, folder, facts, config, background, tmp_path, options):
         report = learn(
             folder, facts, probes=probes, config=config, background=[str(background)], loading=ON_GPU
         )
+    assert report["num_trained"] > 0
+
+
+def test_learning_as_in_the_paper(gpu, model_folder, facts, config, background, tmp_path):
+    shape = dataclasses.replace(SHAPE, relation_dim=0)
+    options = {
+        "tie_rows": False,
+        "anchor": "all",
+        "weighted_reads": False,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+    }
+    out = tmp_path / "made"
+    attach_to_folder(str(model_folder), [str(background)], out, shape, num_tokens=1500, num_documents=20)
+    with gpu:
+        report = learn(out, facts, probes=[], config=dataclasses.replace(config, **options), loading=ON_GPU)
     assert report["num_trained"] > 0
 
 

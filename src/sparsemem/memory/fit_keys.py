@@ -341,7 +341,7 @@ def _fit(
 
 
 def _fit_relation(layer: MemoryLayer, states: States) -> dict[str, Tensor]:
-    """Whiten what rows have relations to, shrunk towards its principal components."""
+    """Whiten what rows have relations to: not wholly, as its smallest directions are noise."""
     if layer.relation is None:
         return {}
     mean_D = states.outputs.mean(dim=0)

@@ -71,7 +71,8 @@ class MemoryLayer(nn.Module):
         quorum: Share of a token's reads that must find one row for the full answer, with half of which it
             gets nothing; 0 asks for none.
         block_index: The block it sits in.
-        output_index: The block beside whose feed-forward network its answer is added; by default its own.
+        output_index: The block beside whose feed-forward network its answer is added, by default its own;
+            with relations, the block before which it is.
         pool_name: Name of the pool in usage, deltas and files; layers that share a pool share it.
         relation_dim: Numbers of a row that say what it answers; 0 for rows that answer anything.
     """
@@ -195,7 +196,7 @@ class MemoryLayer(nn.Module):
             )
             read_BTU = read_BTU.cummax(dim=1).values[:, -hidden.shape[1] :]
             rows_RV, number_R = self.pool.rows_named(found_U)
-            _, keys_RK, values_RD = rows_RV.split([1, self.relation_dim, hidden.shape[-1]], dim=1)
+            _, keys_RK, values_RD = rows_RV.split([1, self.relation_dim, self.width], dim=1)
             asks_BT = read_BTU.any(dim=-1)
             # The block that is answered may lie on another device than the memory.
             asking_PD = hidden[asks_BT.to(hidden.device)].float().to(names.device)
@@ -235,7 +236,7 @@ class MemoryLayer(nn.Module):
     @property
     def width(self) -> int:
         """Numbers of what a row adds; those before it are its name and relation."""
-        return self.pool.value_dim - (1 + self.relation_dim) * self.pool.has_names
+        return self.pool.value_dim if self.relation is None else self.relation.in_features
 
     def is_silent(self) -> bool:
         """Whether the output is known to be zero, so that nothing needs to be computed."""

@@ -51,8 +51,7 @@ class Pool(nn.Module):
         value_dim: Width of a row.
         base: Read-only values behind the overlay, shape (num_slots, value_dim), for example a
             memory-mapped safetensors table; None means zeros and costs nothing.
-        has_names: Whether the first number of a row is the name it belongs to, from 1 on. Several rows may
-            have one name, and a slot speaks for that.
+        has_names: Whether the first number of a row is its name, from 1 on, which several rows may have.
 
     Raises:
         ConfigError: `base` has another shape.
@@ -142,17 +141,18 @@ class Pool(nn.Module):
         return torch.where(alone, self.num_slots, places)
 
     def _names(self, places: Tensor) -> Tensor:
-        """Tell the name of what is at some places; NOTHING where nothing was written."""
-        rows, active = self.rows, self.rows[:0] if self.active is None else self.active.detach()
-        names = torch.cat([rows[:, 0], active[:, 0], rows.new_full((1,), NOTHING)])
-        of_active = torch.where(places == IN_BASE, -1, len(rows) + FIRST_ACTIVE - places)
+        nothing = self.rows.new_full((1, 1), NOTHING)
+        tables = [table for table in (self.rows, self.active, nothing) if table is not None]
+        names = torch.cat([table.detach()[:, 0] for table in tables])
+        of_active = torch.where(places == IN_BASE, -1, len(self.rows) + FIRST_ACTIVE - places)
         return names[torch.where(places >= 0, places, of_active)].long()
 
     def rows_named(self, names_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of some names, and which of these each has; gradients flow to the active ones."""
-        table_RV = self.rows if self.active is None else torch.cat([self.rows, self.active])
-        row_ids, number = (table_RV.detach()[:, :1] == names_N.to(table_RV.dtype)).nonzero(as_tuple=True)
-        return table_RV[row_ids], number
+        tables = [table for table in (self.rows, self.active) if table is not None]
+        found = [(table.detach()[:, :1] == names_N).nonzero(as_tuple=True) for table in tables]
+        rows = [table[row_ids] for table, (row_ids, _) in zip(tables, found, strict=True)]
+        return torch.cat(rows), torch.cat([number for _, number in found])
 
     def is_empty(self) -> bool:
         """Whether every read is zero, so that a layer may skip it altogether."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsemem.encode import length_batches
 from sparsemem.likelihood import IGNORE, label_log_probs
@@ -36,7 +36,7 @@ def fisher_directions(
         on_step: Called with how many were run.
 
     Returns:
-        By pool name, orthonormal columns, shape (value_dim, value_dim), float32.
+        By pool name, orthonormal columns, float32, square: as wide as what a row adds.
     """
     device = next(model.parameters()).device
     widths = {layer.pool_name: layer.width for layer in memory_layers(model)}
@@ -60,38 +60,22 @@ def fisher_directions(
     return {name: torch.linalg.eigh(moment.double())[1].float() for name, moment in moments.items()}
 
 
-def _adding(added: list[tuple[str, Tensor]], name: str) -> Any:
-    def add(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        added.append((name, torch.zeros_like(hidden, requires_grad=True)))
-        changed = hidden.detach() + added[-1][1]
-        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
-
-    return add
-
-
 @contextlib.contextmanager
 def _added(model: Any) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within this context zeros that have a gradient are added to all that is read; yields them by pool."""
+    """Within this context zeros that have a gradient are added to all a memory says; yields them by pool."""
     added: list[tuple[str, Tensor]] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(before_read(model, lambda *_: None))  # a layer with an observer is never skipped
-        for layer in memory_layers(model):
-            if layer.relation is not None:
-                stack.callback(
-                    layer.beside.next.register_forward_pre_hook(
-                        _adding(added, layer.pool_name), with_kwargs=True
-                    ).remove
-                )
-        for name, pool in pools(model).items():
-            if pool.has_names:
-                continue
+        said: dict[str, tuple[nn.Module, str]] = {name: (pool, "read") for name, pool in pools(model).items()}
+        said |= {layer.pool_name: (layer, "answer") for layer in memory_layers(model) if layer.relation}
+        for name, (module, method) in said.items():
+            find = getattr(module, method)
 
-            def read(slot_ids: Tensor, weights: Tensor, name: str = name, find: Any = pool.read) -> Tensor:
-                found: Tensor = find(slot_ids, weights).detach()
+            def say(*args: Tensor, name: str = name, find: Any = find) -> Tensor:
+                found: Tensor = find(*args).detach()
                 added.append((name, torch.zeros_like(found, requires_grad=True)))
                 return found + added[-1][1]
 
-            pool.read = read  # type: ignore[method-assign, assignment]
-            stack.callback(delattr, pool, "read")
+            setattr(module, method, say)
+            stack.callback(delattr, module, method)
         yield added

@@ -74,10 +74,12 @@ class SparseMemory:
         # With one memory layer everything below the reads is frozen, so a batch always reads the same.
         self.reads_are_fixed = num_layers == 1
         self.selections: dict[tuple[Example, ...], dict[str, Chosen]] = {}
-        self.owners = {name: _owners_before(pool) for name, pool in self.pools.items()}
+        self.owners: dict[str, Tensor] = {}
         self.naming: Naming | None = None
         layer, *_ = memory_layers(model)
-        if layer.relation is not None:
+        if layer.relation is None:
+            self.owners = {name: _owners_before(pool) for name, pool in self.pools.items()}
+        else:
             _check_named(config)
             self.naming = Naming(layer)
         self.frozen = [p for p in model.parameters() if p.requires_grad]
@@ -102,7 +104,7 @@ class SparseMemory:
         """Directions of whole rows: what comes before the value is scaled as it is."""
         if self.naming is None:
             return dict(self.usage.directions)
-        before = torch.eye(1 + self.naming.layer.relation_dim)
+        before = torch.eye(self.naming.pool.value_dim - self.naming.layer.width)
         return {name: torch.block_diag(before, axes) for name, axes in self.usage.directions.items()}
 
     @contextlib.contextmanager
@@ -244,9 +246,9 @@ class SparseMemory:
 
     def _activate(self, name: str, chosen: Chosen, anchored: Collection[int]) -> None:
         pool = self.pools[name]
-        # Over a base table each slot has a row of its own from the start.
-        tied = anchored if self.config.ties_rows and pool.base is None else ()
         if self.naming is None:
+            # Over a base table each slot has a row of its own from the start.
+            tied = anchored if self.config.ties_rows and pool.base is None else ()
             slot_ids, tags = self._claim(name, chosen, set(tied))
         else:
             slot_ids, tags = self.naming.claim(chosen)

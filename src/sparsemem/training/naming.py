@@ -1,6 +1,6 @@
 """Whose a slot is where rows have names: several facts about one name share its slots.
 
-Shape letters: P positions, K relation dim.
+Shape letters: P positions, N new rows, K relation dim, V value dim.
 """
 
 import contextlib
@@ -80,15 +80,15 @@ class Naming:
             new_N = (~self.pool.active.any(dim=1)).nonzero().squeeze(1)
             if not len(new_N):
                 return
-            rows_NV = self.pool.active[new_N]
-            keys_NK = torch.zeros_like(rows_NV[:, 1 : 1 + self.layer.relation_dim])
-            for number, place in enumerate(new_N.tolist()):
-                rows_NV[number, 0] = self.name_of[facts[place]]
-                # A process that runs none of the wordings of a fact has not seen it asked.
-                keys_NK[number] = self._asked.pop(facts[place], keys_NK[number])
-            keys_NK = KEY_LENGTH * normalize(distributed.summed(keys_NK), dim=1)
-            rows_NV[:, 1 : 1 + self.layer.relation_dim] = keys_NK
-            self.pool.active[new_N] = rows_NV
+            new = [facts[place] for place in new_N.tolist()]
+            names_N1 = self.pool.active.new_tensor([[self.name_of[fact]] for fact in new])
+            nothing_NV = torch.zeros_like(self.pool.active[new_N])
+            # A process that runs none of the wordings of a fact has not seen it asked.
+            unseen_K = nothing_NV[0, : self.layer.relation_dim]
+            keys_NK = distributed.summed(torch.stack([self._asked.pop(fact, unseen_K) for fact in new]))
+            keys_NK = KEY_LENGTH * normalize(keys_NK, dim=1)
+            values_NV = nothing_NV[:, : self.layer.width]
+            self.pool.active[new_N] = torch.cat([names_N1, keys_NK, values_NV], dim=1)
 
     def _name(self, fact: int, of_fact: Tensor) -> None:
         """Find the name that a fact is about among those known, or make one of what is free."""
