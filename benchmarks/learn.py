@@ -4,45 +4,39 @@
     python benchmarks/learn.py --json
 
 Each method trains the same facts with the same batches, wordings and loss in float32, at the learning rate
-that was best for it in experiments/facts, one epoch in turn with the others, in a process of its own. The
-memory has 0.6, where `sparsemem learn` takes smaller steps, to disturb less. "memory_held" also holds what
-the model says to other questions about the subjects, as `sparsemem learn` does, which costs it texts that
-the others do not see. After each epoch the held-out questions are asked, off the clock, of what a run of
-that many epochs ends with; a method is done when their F1 reaches the target.
+that was best for it in experiments/facts, one epoch in turn with the others, in a process of its own.
+"memory_held" also holds what the model says to other questions about the subjects, as `sparsemem learn` does,
+which costs it texts that the others do not see. After each epoch the held-out questions are asked, off the
+clock; a method is done when their F1 reaches the target. A memory is given as many epochs as it needs by
+experiments/facts, since with the last its rows become the mean of what they were; it may be done before.
 The facts are the first 100 of experiments/facts where experiments/prepare.py was run, else the 32 of demo.
 """
 
 import argparse
-import contextlib
 import json
-import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from timing import parser, peak_bytes, publish, restart_peak
 
 import sparsemem
 from sparsemem.cli.demo import demo_facts_path, installed_data
 from sparsemem.evaluation.evaluate import recall
-from sparsemem.memory.attach import pools
 from sparsemem.memory.base_model import fingerprint
 from sparsemem.slots.usage import USAGE_FILE, load_usage
 from sparsemem.study.attach import attach_to_folder
 
 PREPARED = Path("~/.cache/sparsemem/experiments/data/trivia.jsonl").expanduser()
 CONTENDERS: dict[str, dict[str, Any]] = {
-    "memory": {"penalty": "none"},
-    "memory_held": {},
-    "lora": {"learning_rate": 1e-3},
-    "full": {"learning_rate": 1e-4},
+    "memory": {"num_epochs": 8, "penalty": "none"},
+    "memory_held": {"num_epochs": 8},
+    "lora": {"num_epochs": 32, "learning_rate": 1e-3},
+    "full": {"num_epochs": 32, "learning_rate": 1e-4},
 }
-MAX_EPOCHS = 32
 TARGET = 0.8
 NUM_FACTS = 100
 NUM_BACKGROUND = 2000
@@ -119,7 +113,8 @@ def in_turn(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
             epochs[method].append(json.loads(line))
             done = epochs[method][-1]
             print(f"{method:11} epoch {len(epochs[method]):2}: {json.dumps(done)}", file=sys.stderr)
-            if done["heldout_f1"] >= args.target or len(epochs[method]) == MAX_EPOCHS:
+            last = len(epochs[method]) == CONTENDERS[method]["num_epochs"]
+            if last or done["heldout_f1"] >= args.target:
                 worker.stdin.close()
                 worker.wait()
                 del running[method]
@@ -135,16 +130,7 @@ def work(args: argparse.Namespace, contender: str, folder: str) -> None:
     else:
         model, tokenizer = sparsemem.load_base_model(str(installed_data()[0]))
     facts = facts_of(args)
-    config = sparsemem.FinetuneConfig(
-        method=method,
-        num_epochs=MAX_EPOCHS,
-        # The mean that a row ends as depends on how many epochs there are: see `as_it_ends`.
-        average_from=1.0,
-        extrapolate=1.0,
-        **CONTENDERS[contender],
-    )
-    epochs = Path(folder).parent / f"epochs of {contender}"
-    epochs.mkdir()
+    config = sparsemem.FinetuneConfig(method=method, **CONTENDERS[contender])
     print("ready", flush=True)
     sys.stdin.readline()
     restart_peak()
@@ -157,8 +143,7 @@ def work(args: argparse.Namespace, contender: str, folder: str) -> None:
             "processor_seconds": round(time.process_time() - processor, 2),
             "peak_bytes": peak_bytes(),
         }
-        with as_it_ends(trained, epochs) if method == "memory" else contextlib.nullcontext():
-            done["heldout_f1"] = recall(trained, tokenizer, facts, "qa").heldout_f1
+        done["heldout_f1"] = recall(trained, tokenizer, facts, "qa").heldout_f1
         print(json.dumps(done), flush=True)
         if not sys.stdin.readline():
             sys.exit()
@@ -166,27 +151,6 @@ def work(args: argparse.Namespace, contender: str, folder: str) -> None:
         started, processor = time.perf_counter(), time.process_time()
 
     sparsemem.finetune(model, tokenizer, facts, usage, config, evaluate=ask)
-
-
-@contextlib.contextmanager
-def as_it_ends(model: Any, epochs: Path) -> Iterator[None]:
-    """Within this context a memory holds what it would if this epoch were its last.
-
-    Args:
-        model: The model, in training; it began with an empty memory.
-        epochs: Folder of what the written slots held after each epoch before; this one's are added. They
-            are no part of the method, and so not to be found in its memory.
-    """
-    (pool,) = pools(model).values()
-    pool.deactivate()  # the next step makes its rows active itself
-    slot_ids = pool.written_ids
-    number = len(list(epochs.iterdir())) + 1
-    torch.save(pool.current(slot_ids), epochs / f"{number}.pt")
-    config = sparsemem.FinetuneConfig()
-    last = range(math.floor(config.average_from * number) + 1, number + 1)
-    mean = sum(torch.load(epochs / f"{epoch}.pt") for epoch in last) / len(last)
-    with pool.overwritten(slot_ids, config.extrapolate * mean):
-        yield
 
 
 def facts_path() -> str:

@@ -17,10 +17,11 @@ from sparsemem.memory.pool import NOTHING, Pool
 
 Placement = Literal["add", "replace"]
 
-SHARPNESS, NOTHING_ASKED = 1.6, 2.0
+SHARPNESS, NOTHING_ASKED = 0.96, 6.0
 """Of the choice between what is known of a name: a row's key starts with length `KEY_LENGTH`, so that a state
-that asks for just this scores 8, and nothing scores 2."""
-KEY_LENGTH = 5.0
+that asks for just this scores 24. Nothing scores 6: ordinary text, which scores 0 to 3, asks for nothing."""
+KEY_LENGTH = 25.0
+"""The longer, the less a training step turns a key."""
 
 TOKENS_AT_A_TIME = 256
 """Tokens whose reads are compared with one another at a time, R * R numbers each."""
