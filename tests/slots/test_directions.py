@@ -18,6 +18,7 @@ PLACES = {
     "in place": {"layers": (1,), "placement": "replace"},
     "several": {"layers": (0, 2)},
     "shared": {"layers": (0, 2), "shared_pool": True},
+    "with relations": {"layers": (0,), "relation_dim": 6, "output_depth": 0.5},
 }
 
 
@@ -29,6 +30,7 @@ def documents(texts, tiny_tokenizer):
 def slow_moments(model, documents):
     """Gradients by what each layer puts out, one document at a time, through what it reads by hand."""
     moments = {}
+    first, *others = memory_layers(model)
     for document in documents:
         ids = torch.tensor([document[:MAX_LENGTH]])
         leaves = []
@@ -41,7 +43,15 @@ def slow_moments(model, documents):
                 scaled = layer.out(scaled * torch.nn.functional.silu(layer.gate(args[0])))
             return output + scaled
 
-        handles = [layer.register_forward_hook(add) for layer in memory_layers(model)]
+        def add_before(_block, args, leaves=leaves):
+            leaf = torch.zeros(args[0].shape, requires_grad=True)
+            leaves.append((first, leaf))
+            return (args[0] + leaf * first.value_scale, *args[1:])
+
+        if first.relation is not None:
+            handles = [model.model.layers[first.output_index].register_forward_pre_hook(add_before)]
+        else:
+            handles = [layer.register_forward_hook(add) for layer in (first, *others)]
         with before_read(model, lambda *_: None):
             label_log_probs(model, ids, torch.ones_like(ids), ids).sum().backward()
         for handle in handles:
@@ -55,7 +65,7 @@ def slow_moments(model, documents):
 
 @pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
 def test_directions_are_the_eigenvectors_of_the_gradients_of_single_documents(tiny_model, documents, options):
-    model = attach_memory(tiny_model, MemoryConfig(**MEMORY, **options))
+    model = attach_memory(tiny_model, MemoryConfig(**(MEMORY | options)))
     for layer in memory_layers(model):
         layer.value_scale.fill_(0.5)
     directions = fisher_directions(model, documents)
