@@ -12,7 +12,7 @@ from sparsemem.errors import ConfigError
 from sparsemem.memory.attach import attach_memory, before_read, detach_memory, memory_layers, pools
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import load, save
-from sparsemem.memory.layer import NOTHING_ASKED, SHARPNESS
+from sparsemem.memory.layer import FADES_IN, NOTHING_ASKED, SHARPNESS
 
 VOCABULARY, WIDTH, RELATION = 40, 16, 6
 CONFIG = MemoryConfig(
@@ -87,15 +87,16 @@ def test_the_answer_is_a_softmax_over_the_rows_of_the_names_read_and_nothing(mod
     rows = teach(model, torch.arange(6), name=3, num_rows=2)
     teach(model, torch.arange(6, 9), name=4)
     layer.value_scale.fill_(0.5)
-    hidden = torch.randn(1, 3, WIDTH)
-    names = torch.zeros(1, 3, 6, 2)
+    hidden = torch.randn(1, 4, WIDTH)
+    names = torch.zeros(1, 4, 6, 2)
     names[0, 1, 0] = torch.tensor([3, 0.25])
     names[0, 2, 0] = torch.tensor([3, 0.125])
+    names[0, 3, 0] = torch.tensor([3, 0.5])
     found = layer.answer(hidden, names)
     assert torch.equal(found[0, 0], hidden[0, 0])
-    for place in (1, 2):  # what was read once goes on counting
+    for place, agreement in ((1, 0.25), (2, 0.25 * math.exp(-1 / FADES_IN)), (3, 0.5)):
         query = torch.nn.functional.normalize(layer.relation(hidden[0, place]), dim=0)
-        scores = [math.exp(SHARPNESS * (query @ row[1 : 1 + RELATION]).item()) * 0.25 for row in rows]
+        scores = [math.exp(SHARPNESS * (query @ row[1 : 1 + RELATION]).item()) * agreement for row in rows]
         total = sum(scores) + math.exp(NOTHING_ASKED)
         expected = sum(score / total * row[1 + RELATION :] for score, row in zip(scores, rows, strict=True))
         torch.testing.assert_close(found[0, place], hidden[0, place] + 0.5 * expected)

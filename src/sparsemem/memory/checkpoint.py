@@ -47,8 +47,8 @@ from sparsemem.memory.layer import MemoryLayer
 CONFIG_FILE = "memory_config.json"
 WEIGHTS_FILE = "memory.safetensors"
 FORMAT = "sparsemem-memory"
-FORMAT_VERSION = 3
-"""2: slots are numbered in shells (memory/lookup.py). 3: rows with relations answer more sharply."""
+FORMAT_VERSION = 2
+"""2: slots are numbered in shells (memory/lookup.py)."""
 
 
 def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> None:
@@ -174,16 +174,14 @@ def read_header(folder: Path) -> dict[str, Any]:
         )
     header = read_json(folder / CONFIG_FILE)
     check_format(folder / CONFIG_FILE, header, FORMAT, FORMAT_VERSION)
+    if int(header["format_version"]) < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} has format version {header['format_version']}, which numbers slots in "
+            "another order; attach anew, and teach it again"
+        )
     missing = {"base_model", "base_fingerprint", "weights_sha256", "memory"} - set(header)
     if missing:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {sorted(missing)[0]!r}; restore it from a copy")
-    version, may_relate = int(header["format_version"]), header["memory"].get("relation_dim", 0) != 0
-    if version < 2 or (version < FORMAT_VERSION and may_relate):
-        reason = "numbers slots in another order" if version < 2 else "answers questions by other scores"
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} has format version {version}, which {reason}; attach anew, and teach it "
-            "again"
-        )
     return header
 
 

@@ -346,7 +346,7 @@ def _fit_relation(layer: MemoryLayer, states: States) -> dict[str, Tensor]:
         return {}
     mean_D = states.outputs.mean(dim=0)
     values_D, vectors_DD = torch.linalg.eigh(torch.cov(states.outputs.T))
-    scaled_DD = vectors_DD / (values_D.clamp(min=0) + 0.03 * values_D.mean()).sqrt()
+    scaled_DD = vectors_DD / (values_D.clamp(min=0) + 0.3 * values_D.mean()).sqrt()
     weight = scaled_DD[:, -layer.relation_dim :].T.contiguous()
     return {"relation.weight": weight, "relation.bias": -weight @ mean_D}
 

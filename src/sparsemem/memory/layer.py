@@ -17,11 +17,14 @@ from sparsemem.memory.pool import NOTHING, Pool
 
 Placement = Literal["add", "replace"]
 
-SHARPNESS, NOTHING_ASKED = 0.96, 6.0
+SHARPNESS, NOTHING_ASKED = 1.6, 3.0
 """Of the choice between what is known of a name: a row's key starts with length `KEY_LENGTH`, so that a state
-that asks for just this scores 24. Nothing scores 6: ordinary text, which scores 0 to 3, asks for nothing."""
-KEY_LENGTH = 25.0
-"""The longer, the less a training step turns a key."""
+that asks for just this scores 8, and nothing scores 3."""
+KEY_LENGTH = 5.0
+
+FADES_IN = 64
+"""Tokens after which a name that was read scores 1 less. A text that is about something else by then may ask
+what a row of that name would answer."""
 
 TOKENS_AT_A_TIME = 256
 """Tokens whose reads are compared with one another at a time, R * R numbers each."""
@@ -174,9 +177,10 @@ class MemoryLayer(nn.Module):
     def answer(self, hidden: Tensor, names: Tensor) -> Tensor:
         """Add what is known of the names read so far, as far as a position asks for it.
 
-        `h + c sum_r g_r v_r` with `g = softmax(s q(h) . k_r + log a_r)` over the rows r of all names read at
-        this position or before, and over nothing, whose score is `NOTHING_ASKED`; a is the highest agreement
-        with which the name was read, s is `SHARPNESS`.
+        `h + c sum_r g_r v_r` with `g = softmax(s q(h) . k_r + log a_r - d_r)` over the rows r of all names
+        read at this position or before, and over nothing, whose score is `NOTHING_ASKED`. s is `SHARPNESS`, a
+        the agreement with which the name was read and d how far back, in units of `FADES_IN` tokens: of all
+        times it was read, that which says most.
 
         Args:
             hidden: Shape (batch, tokens, hidden_size).
@@ -195,14 +199,16 @@ class MemoryLayer(nn.Module):
             read_BTU = torch.stack(
                 [(agreement_BTN * (name_BTN == name)).amax(dim=-1) for name in found_U], dim=-1
             )
-            read_BTU = read_BTU.cummax(dim=1).values[:, -hidden.shape[1] :]
+            gained_T1 = torch.arange(read_BTU.shape[1], device=names.device).unsqueeze(1) / FADES_IN
+            said_BTU = (read_BTU.log() + gained_T1).cummax(dim=1).values - gained_T1
+            said_BTU = said_BTU[:, -hidden.shape[1] :]
             rows_RV, number_R = self.pool.rows_named(found_U)
             _, keys_RK, values_RD = rows_RV.split([1, self.relation_dim, self.width], dim=1)
-            asks_BT = read_BTU.any(dim=-1)
+            asks_BT = said_BTU.isfinite().any(dim=-1)
             # The block that is answered may lie on another device than the memory.
             asking_PD = hidden[asks_BT.to(hidden.device)].float().to(names.device)
             queries_PK = normalize(self.relation(asking_PD), dim=-1)
-            scores_PR = SHARPNESS * queries_PK @ keys_RK.T + read_BTU[asks_BT][:, number_R].log()
+            scores_PR = SHARPNESS * queries_PK @ keys_RK.T + said_BTU[asks_BT][:, number_R]
             scores_PR = torch.cat([scores_PR, scores_PR.new_full((len(scores_PR), 1), NOTHING_ASKED)], dim=1)
             y_PD = scores_PR.softmax(dim=1)[:, :-1] @ values_RD * self.value_scale
         return hidden.index_put((asks_BT.to(hidden.device),), y_PD.to(hidden), accumulate=True)
