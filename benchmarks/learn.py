@@ -142,8 +142,8 @@ def work(args: argparse.Namespace, contender: str, folder: str) -> None:
             "seconds": round(time.perf_counter() - started, 2),
             "processor_seconds": round(time.process_time() - processor, 2),
             "peak_bytes": peak_bytes(),
+            "heldout_f1": recall(trained, tokenizer, facts, "qa").heldout_f1,
         }
-        done["heldout_f1"] = recall(trained, tokenizer, facts, "qa").heldout_f1
         print(json.dumps(done), flush=True)
         if not sys.stdin.readline():
             sys.exit()

@@ -134,10 +134,10 @@ def resolved(options: dict[str, Any], data: Path, folder: Path) -> dict[str, Any
 
     def place(text: str) -> str:
         name, equals, source = text.rpartition("=")
-        path = source.replace("{data}", str(data)).replace("{experiment}", str(folder))
+        path = source.replace("{data}", str(data))
         if path != source and not Path(path).exists():
             raise MissingFileError(f"{path} does not exist; make it with: python experiments/prepare.py")
-        return f"{name}{equals}{path}"
+        return f"{name}{equals}{path.replace('{experiment}', str(folder))}"
 
     places = {
         name: place(options[name]) if name == "facts" else [place(text) for text in options[name]]

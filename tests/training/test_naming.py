@@ -7,7 +7,6 @@ from tests.conftest import random_model
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.memory.attach import attach_memory, pools
-from sparsemem.memory.layer import KEY_LENGTH
 from sparsemem.slots.usage import count_usage
 from sparsemem.training.finetune import finetune
 
@@ -78,7 +77,7 @@ def test_taking_back_a_later_fact_gives_its_slots_back(model, teach):
 def test_a_row_starts_with_the_question_it_answers(model, teach):
     teach(OWNER, learning_rate=1e-6)
     ((_, (row,)),) = rows_by_name(model).items()
-    torch.testing.assert_close(row[1:7].norm(), torch.tensor(KEY_LENGTH), rtol=1e-3, atol=0)
+    torch.testing.assert_close(row[1:7].norm(), torch.tensor(5.0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("options", [{"prefix_cache_bytes": 0}, {"gradient_accumulation_steps": 2}], ids=str)
