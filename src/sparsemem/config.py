@@ -113,7 +113,7 @@ class LoadConfig:
         return dataclasses.asdict(self)
 
 
-DEFAULT_LEARNING_RATES = {"memory": 0.1, "full": 5e-5}
+DEFAULT_LEARNING_RATES = {"memory": 0.2, "full": 5e-5}
 PEFT_LEARNING_RATE = 5e-4
 MEMORY_OPTIONS = {
     "top_t", "ranking", "max_document_frequency", "anchor", "tie_rows", "weighted_reads",
@@ -143,7 +143,7 @@ class FinetuneConfig:
     weighted_reads: bool = True
     """A read counts by its weight; the paper counts each as one."""
     learning_rate: float | None = None
-    """Step size; by default 0.1 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
+    """Step size; by default 0.2 for memory, 5e-5 for full, 5e-4 for PEFT methods."""
     lr_scheduler: str = "constant"
     """Schedule by its name in transformers: "constant", "linear", "cosine", ..."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -9,6 +9,7 @@ from sparsemem.memory.fit_keys import (
     balanced_sample,
     context_invariant_components,
     fit_keys,
+    geometric_median,
     k_means,
     principal_components,
 )
@@ -336,3 +337,9 @@ def test_balanced_sample_keeps_at_most_four_of_each_token_and_all_rare_ones():
     counts = {int(c): int(n) for c, n in zip(*kept.floor().unique(return_counts=True), strict=True)}
     assert counts == {3: 2, 5: 4, 7: 4, 9: 1}
     assert kept.unique().numel() == len(kept)
+
+
+def test_from_their_geometric_median_the_directions_of_points_have_a_mean_of_zero():
+    points = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).exp()
+    directions = torch.nn.functional.normalize(points - geometric_median(points), dim=1)
+    torch.testing.assert_close(directions.mean(dim=0), torch.zeros(4), rtol=0, atol=1e-4)

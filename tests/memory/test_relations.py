@@ -12,7 +12,7 @@ from sparsemem.errors import ConfigError
 from sparsemem.memory.attach import attach_memory, before_read, detach_memory, memory_layers, pools
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import load, save
-from sparsemem.memory.layer import FADES_IN, NOTHING_ASKED, SHARPNESS
+from sparsemem.memory.layer import FADES_IN, NOTHING_ASKED
 
 VOCABULARY, WIDTH, RELATION = 40, 16, 6
 CONFIG = MemoryConfig(
@@ -96,7 +96,7 @@ def test_the_answer_is_a_softmax_over_the_rows_of_the_names_read_and_nothing(mod
     assert torch.equal(found[0, 0], hidden[0, 0])
     for place, agreement in ((1, 0.25), (2, 0.25 * math.exp(-1 / FADES_IN)), (3, 0.5)):
         query = torch.nn.functional.normalize(layer.relation(hidden[0, place]), dim=0)
-        scores = [math.exp(SHARPNESS * (query @ row[1 : 1 + RELATION]).item()) * agreement for row in rows]
+        scores = [math.exp((query @ row[1 : 1 + RELATION]).item()) * agreement for row in rows]
         total = sum(scores) + math.exp(NOTHING_ASKED)
         expected = sum(score / total * row[1 + RELATION :] for score, row in zip(scores, rows, strict=True))
         torch.testing.assert_close(found[0, place], hidden[0, place] + 0.5 * expected)
@@ -142,7 +142,7 @@ def test_a_cache_gets_no_further_layer_before_a_name_is_read(model, ids):
     assert (len(before.layers), len(behind.layers)) == (4, 5)
 
 
-def test_gradients_reach_the_rows_of_the_names_read_and_no_name(model, ids):
+def test_gradients_reach_the_values_of_the_names_read_and_no_key_or_name(model, ids):
     (pool,) = pools(model).values()
     slot_ids = reads_at(model, ids, 5)
     teach(model, slot_ids, name=3, num_rows=2)
@@ -153,8 +153,8 @@ def test_gradients_reach_the_rows_of_the_names_read_and_no_name(model, ids):
         torch.cat([slot_ids, others]), torch.tensor([*(100 + torch.arange(len(slot_ids)) % 2), 200, 200])
     )
     model(input_ids=ids, use_cache=False).logits.square().sum().backward()
-    assert active.grad[:2, 1:].abs().sum(dim=1).gt(0).all()
-    assert not active.grad[:, 0].any()
+    assert active.grad[:2, 1 + RELATION :].abs().sum(dim=1).gt(0).all()
+    assert not active.grad[:, : 1 + RELATION].any()
     assert not active.grad[2].any()
 
 

@@ -20,6 +20,12 @@ ZED = Fact(question="Who owns Zed?", answer="Ana", subject="Zed")
 QUZ = Fact(statement="Quz is made of tin.", answer="tin", subject="Quz")
 
 
+@pytest.fixture(autouse=True)
+def every_state_asks(monkeypatch):
+    """Rows made by hand have no keys that are asked for."""
+    monkeypatch.setattr("sparsemem.memory.layer.NOTHING_ASKED", 0.0)
+
+
 @pytest.fixture
 def parts(folder):
     """A model that has learned nothing yet, its tokenizer and its usage."""

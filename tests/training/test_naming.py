@@ -3,12 +3,16 @@ import dataclasses
 import pytest
 import torch
 from tests.conftest import random_model
+from torch.nn.functional import normalize
 
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
-from sparsemem.memory.attach import attach_memory, pools
+from sparsemem.memory.attach import attach_memory, memory_layers, pools
+from sparsemem.memory.layer import NOTHING_ASKED
+from sparsemem.prompts import qa_prompt
 from sparsemem.slots.usage import count_usage
 from sparsemem.training.finetune import finetune
+from sparsemem.training.naming import RIDGE, solve_keys
 
 from .conftest import USAGE_OPTIONS
 
@@ -74,10 +78,46 @@ def test_taking_back_a_later_fact_gives_its_slots_back(model, teach):
     assert all(torch.equal(found, kept) for found, kept in zip(pool.written(), before, strict=True))
 
 
-def test_a_row_starts_with_the_question_it_answers(model, teach):
-    teach(OWNER, learning_rate=1e-6)
+def test_training_moves_values_and_no_key(model, teach):
+    delta = teach(OWNER, learning_rate=1e-6)
+    ((_, (start,)),) = rows_by_name(model).items()
+    delta.invert().apply(pools(model))
+    teach(OWNER, learning_rate=0.5)
     ((_, (row,)),) = rows_by_name(model).items()
-    torch.testing.assert_close(row[1:7].norm(), torch.tensor(5.0), rtol=1e-3, atol=0)
+    assert torch.equal(row[:7], start[:7])
+    assert (row[7:] != start[7:]).any()
+
+
+@torch.no_grad()
+def scores_where_answers_begin(model, tokenizer, facts):
+    """What the rows of the pool score where each of some facts is asked for, shape (facts, rows)."""
+    (layer,) = memory_layers(model)
+    seen = []
+    layer.beside.last.register_forward_hook(lambda _block, _args, output: seen.append(output), prepend=True)
+    for fact in facts:
+        model(**tokenizer(qa_prompt(fact.question), return_tensors="pt"), use_cache=False)
+    states = torch.stack([output[0, -1] for output in seen])
+    return normalize(layer.relation(states), dim=1) @ layer.pool.rows[:, 1:7].T
+
+
+def test_each_question_asks_for_a_row_of_its_own(model, tiny_tokenizer, teach):
+    teach(OWNER, PLACE)
+    scores = scores_where_answers_begin(model, tiny_tokenizer, [OWNER, PLACE])
+    assert {*scores.argmax(dim=1).tolist()} == {0, 1}
+    assert (scores.amax(dim=1) > NOTHING_ASKED).all()
+
+
+@pytest.mark.parametrize("num_positions", [4, 30])
+def test_keys_are_those_of_a_ridge_regression(num_positions):
+    generator = torch.Generator().manual_seed(0)
+    queries = normalize(torch.randn(num_positions, 8, generator=generator), dim=1)
+    scores = torch.randint(0, 3, (num_positions, 2), generator=generator).float()
+    earlier = torch.randn(3, 8, generator=generator)
+    found = solve_keys(queries, scores, earlier)
+    # Ridge regression is least squares with a further equation for each unknown.
+    left = torch.cat([queries, normalize(earlier, dim=1), RIDGE**0.5 * torch.eye(8)])
+    right = torch.cat([scores, torch.zeros(3 + 8, 2)])
+    torch.testing.assert_close(found.T, torch.linalg.lstsq(left, right).solution, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"prefix_cache_bytes": 0}, {"gradient_accumulation_steps": 2}], ids=str)

@@ -13,6 +13,12 @@ PLACES = [(5, 9), (0, 4), (7, 12), (3, 5)]
 """Where the subject of each example begins, and how long the example is."""
 
 
+@pytest.fixture(autouse=True)
+def every_state_asks(monkeypatch):
+    """Rows made by hand have no keys that are asked for."""
+    monkeypatch.setattr("sparsemem.memory.layer.NOTHING_ASKED", 0.0)
+
+
 def make_examples(places=PLACES):
     generator = torch.Generator().manual_seed(3)
     examples = []

@@ -341,14 +341,37 @@ def _fit(
 
 
 def _fit_relation(layer: MemoryLayer, states: States) -> dict[str, Tensor]:
-    """Whiten what rows have relations to: not wholly, as its smallest directions are noise."""
+    """Whiten what rows have relations to: not wholly, as its smallest directions are noise.
+
+    Only its direction asks, so what is centred is the directions of ordinary text.
+    """
     if layer.relation is None:
         return {}
     mean_D = states.outputs.mean(dim=0)
     values_D, vectors_DD = torch.linalg.eigh(torch.cov(states.outputs.T))
     scaled_DD = vectors_DD / (values_D.clamp(min=0) + 0.3 * values_D.mean()).sqrt()
     weight = scaled_DD[:, -layer.relation_dim :].T.contiguous()
-    return {"relation.weight": weight, "relation.bias": -weight @ mean_D}
+    queries_TK = (states.outputs - mean_D) @ weight.T
+    return {"relation.weight": weight, "relation.bias": -weight @ mean_D - geometric_median(queries_TK)}
+
+
+def geometric_median(points_NK: Tensor, num_iterations: int = 50) -> Tensor:
+    """Find from where the directions of some points have a mean of zero.
+
+    Source: Weiszfeld 1937, "Sur le point pour lequel la somme des distances de n points donnés est minimum".
+
+    Args:
+        points_NK: Shape (points, dimensions).
+        num_iterations: Steps of the iteration.
+
+    Returns:
+        Shape (dimensions,).
+    """
+    median_K: Tensor = points_NK.mean(dim=0)
+    for _ in range(num_iterations):
+        nearness_N1 = 1 / (points_NK - median_K).norm(dim=1, keepdim=True).clamp(min=1e-6)
+        median_K = (nearness_N1 * points_NK).sum(dim=0) / nearness_N1.sum()
+    return median_K
 
 
 def _inverse_root(matrix_DD: Tensor) -> Tensor:

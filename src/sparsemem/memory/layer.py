@@ -17,12 +17,11 @@ from sparsemem.memory.pool import NOTHING, Pool
 
 Placement = Literal["add", "replace"]
 
-SHARPNESS, NOTHING_ASKED = 1.6, 3.0
-"""Of the choice between what is known of a name: a row's key starts with length `KEY_LENGTH`, so that a state
-that asks for just this scores 8, and nothing scores 3."""
-KEY_LENGTH = 5.0
+NOTHING_ASKED = 9.0
+"""What nothing scores where rows of a name are chosen among. A key is such that a state that asks for its row
+scores `training.naming.ASKED`."""
 
-FADES_IN = 64
+FADES_IN = 16
 """Tokens after which a name that was read scores 1 less. A text that is about something else by then may ask
 what a row of that name would answer."""
 
@@ -177,10 +176,10 @@ class MemoryLayer(nn.Module):
     def answer(self, hidden: Tensor, names: Tensor) -> Tensor:
         """Add what is known of the names read so far, as far as a position asks for it.
 
-        `h + c sum_r g_r v_r` with `g = softmax(s q(h) . k_r + log a_r - d_r)` over the rows r of all names
-        read at this position or before, and over nothing, whose score is `NOTHING_ASKED`. s is `SHARPNESS`, a
-        the agreement with which the name was read and d how far back, in units of `FADES_IN` tokens: of all
-        times it was read, that which says most.
+        `h + c sum_r g_r v_r` with `g = softmax(q(h) . k_r + log a_r - d_r)` over the rows r of all names read
+        at this position or before, and over nothing, whose score is `NOTHING_ASKED`. a is the agreement with
+        which the name was read and d how far back, in units of `FADES_IN` tokens: of all times it was read,
+        that which says most. Keys get no gradient: `training.naming` finds them in closed form.
 
         Args:
             hidden: Shape (batch, tokens, hidden_size).
@@ -208,7 +207,7 @@ class MemoryLayer(nn.Module):
             # The block that is answered may lie on another device than the memory.
             asking_PD = hidden[asks_BT.to(hidden.device)].float().to(names.device)
             queries_PK = normalize(self.relation(asking_PD), dim=-1)
-            scores_PR = SHARPNESS * queries_PK @ keys_RK.T + said_BTU[asks_BT][:, number_R]
+            scores_PR = queries_PK @ keys_RK.detach().T + said_BTU[asks_BT][:, number_R]
             scores_PR = torch.cat([scores_PR, scores_PR.new_full((len(scores_PR), 1), NOTHING_ASKED)], dim=1)
             y_PD = scores_PR.softmax(dim=1)[:, :-1] @ values_RD * self.value_scale
         return hidden.index_put((asks_BT.to(hidden.device),), y_PD.to(hidden), accumulate=True)

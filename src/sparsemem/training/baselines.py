@@ -1,7 +1,7 @@
 """The baselines: all weights of the base model, or an adapter of any PEFT type, in the same loop."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ class DenseWeights:
             self.trained, lr=config.lr, weight_decay=config.weight_decay, **options[config.optimizer]
         )
         self.optimizer.register_step_pre_hook(lambda *_: _sum_gradients(self.trained))
+
+    def prepare(self, batches: Iterable[FactBatch]) -> None:
+        """Nothing to see."""
 
     def step(self, batch: FactBatch, parts: Sequence[Batch]) -> contextlib.AbstractContextManager[None]:
         """Nothing to choose."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,13 @@ class SparseMemory:
             return dict(self.usage.directions)
         before = torch.eye(self.naming.pool.value_dim - self.naming.layer.width)
         return {name: torch.block_diag(before, axes) for name, axes in self.usage.directions.items()}
+
+    def prepare(self, batches: Iterable[FactBatch]) -> None:
+        """See all facts that are trained in turn, since those of one name are told apart from each other."""
+        if self.naming is not None:
+            for batch in batches:
+                for of_batch in self._beforehand(batch).values():
+                    self.naming.claim(of_batch)
 
     @contextlib.contextmanager
     def step(self, batch: FactBatch, parts: Sequence[Batch]) -> Iterator[None]:

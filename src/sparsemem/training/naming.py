@@ -1,11 +1,11 @@
-"""Whose a slot is where rows have names: several facts about one name share its slots.
+"""Whose a slot is where rows have names, and which of a name's rows a text asks for.
 
-Shape letters: P positions, N new rows, K relation dim, V value dim.
+Shape letters: P positions, F facts of a name, N new rows, K relation dim, V value dim.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,33 @@ from torch.nn.functional import normalize
 
 from sparsemem import distributed
 from sparsemem.likelihood import before_labels
-from sparsemem.memory.layer import KEY_LENGTH, MemoryLayer
+from sparsemem.memory.layer import MemoryLayer
 from sparsemem.memory.pool import IN_BASE
 from sparsemem.training.examples import Batch
 
 NOBODY = -1
 """Owner of a slot that holds nothing. A fact of this update has its number, an earlier row one below this."""
+
+
+ASKED, GOES_ON = 32.0, 20.0
+"""What a row is to score where its answer begins, and where it goes on."""
+RIDGE = 0.1
+"""Weight of the squared length of a key beside the squared error of a score. Ordinary text asks in all
+directions alike, so what it scores in the mean grows with that length."""
+
+
+class Asked(NamedTuple):
+    """Queries by which facts are asked for, as far as this process has seen them.
+
+    Args:
+        queries: Shape (positions, relation_dim).
+        facts: Fact whose answer each is about, shape (positions,), int64.
+        scores: What its row is to score there, same shape.
+    """
+
+    queries: Tensor
+    facts: Tensor
+    scores: Tensor
 
 
 class Naming:
@@ -27,6 +48,9 @@ class Naming:
     What is read at a name says which name it is; what a text asks for then chooses among the rows of that
     name. So it does not matter how many of a name's slots hold a row: a further fact takes an equal share of
     those of the others, which stay as they are.
+
+    A key is found in closed form. What is asked depends on blocks that nothing is ever added to, so all of it
+    is known before training: the keys of a name's facts are those that score best, by `solve_keys`.
 
     Args:
         layer: The only memory layer, one with relations.
@@ -38,7 +62,8 @@ class Naming:
         self.owners = torch.where(places == IN_BASE, NOBODY, NOBODY - 1 - places)
         self.names = self.pool.groups(torch.arange(self.pool.num_slots, device=places.device))
         self.name_of: dict[int, int] = {}
-        self._asked: dict[int, Tensor] = {}
+        self._asked: list[Asked] = []
+        self._keys: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
     def asked(self, part: Batch) -> Iterator[None]:
@@ -46,14 +71,13 @@ class Naming:
 
         def keep(_block: Any, _args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            positions = before_labels(part.labels)
-            # The first of each: there the question is put, and the others go on with the answer.
-            positions &= positions.cumsum(dim=1) == 1
+            teaches = torch.tensor([e.teaches for e in part.examples], device=part.labels.device)
+            positions = before_labels(part.labels) & teaches.unsqueeze(1)
             assert self.layer.relation is not None
             queries_PK = normalize(self.layer.relation(hidden[positions].float()), dim=-1)
             facts = part.fact_index.unsqueeze(1).expand_as(positions)[positions]
-            for fact, query_K in zip(facts.tolist(), queries_PK, strict=True):
-                self._asked[fact] = self._asked.get(fact, 0) + query_K
+            begins = (positions.cumsum(dim=1) == 1)[positions]
+            self._asked.append(Asked(queries_PK, facts, torch.where(begins, ASKED, GOES_ON)))
 
         # In front: others may end the pass there.
         handle = self.layer.beside.last.register_forward_hook(keep, prepend=True)
@@ -82,13 +106,32 @@ class Naming:
                 return
             new = [facts[place] for place in new_N.tolist()]
             names_N1 = self.pool.active.new_tensor([[self.name_of[fact]] for fact in new])
+            self._solve()
+            keys_NK = torch.stack([self._keys.pop(fact) for fact in new])
             nothing_NV = torch.zeros_like(self.pool.active[new_N])
-            # A process that runs none of the wordings of a fact has not seen it asked.
-            unseen_K = nothing_NV[0, : self.layer.relation_dim]
-            keys_NK = distributed.summed(torch.stack([self._asked.pop(fact, unseen_K) for fact in new]))
-            keys_NK = KEY_LENGTH * normalize(keys_NK, dim=1)
             values_NV = nothing_NV[:, : self.layer.width]
             self.pool.active[new_N] = torch.cat([names_N1, keys_NK, values_NV], dim=1)
+
+    def _solve(self) -> None:
+        """Find the keys of the facts that were asked since the last time."""
+        # A process may have run none of the wordings.
+        nothing = self.pool.rows.new_zeros(0, self.layer.relation_dim)
+        asked = [Asked(nothing, self.owners.new_zeros(0), nothing[:, 0]), *self._asked]
+        self._asked = []
+        queries_PK, facts_P, scores_P = (
+            distributed.gathered(torch.cat(parts)) for parts in zip(*asked, strict=True)
+        )
+        by_name: dict[int, list[int]] = {}
+        for fact in facts_P.unique().tolist():
+            if fact in self.name_of:
+                by_name.setdefault(self.name_of[fact], []).append(fact)
+        for name, facts in by_name.items():
+            of_name = torch.isin(facts_P, facts_P.new_tensor(facts))
+            earlier_RV, _ = self.pool.rows_named(self.names.new_tensor([name]))
+            earlier_RK = earlier_RV[:, 1 : 1 + self.layer.relation_dim]
+            own_PF = facts_P[of_name].unsqueeze(1) == facts_P.new_tensor(facts)
+            keys_FK = solve_keys(queries_PK[of_name], own_PF * scores_P[of_name].unsqueeze(1), earlier_RK)
+            self._keys |= zip(facts, keys_FK, strict=True)
 
     def _name(self, fact: int, of_fact: Tensor) -> None:
         """Find the name that a fact is about among those known, or make one of what is free."""
@@ -109,3 +152,28 @@ class Naming:
         owners = self.owners[slot_ids].unique()
         for owner in owners:
             yield slot_ids[self.owners[slot_ids] == owner][1 :: len(owners) + 1]
+
+
+def solve_keys(queries_PK: Tensor, scores_PF: Tensor, earlier_RK: Tensor) -> Tensor:
+    """Find the keys that give queries their scores, by ridge regression.
+
+    Args:
+        queries_PK: Queries of length 1, shape (positions, K).
+        scores_PF: What each fact's row is to score at each position: 0 where another is asked for.
+        earlier_RK: Keys of rows that stay as they are, and at which the new ones are to score 0.
+
+    Returns:
+        Shape (facts, K).
+    """
+    queries_PK = torch.cat([queries_PK, normalize(earlier_RK, dim=1)]).double()
+    scores_PF = torch.cat([scores_PF, scores_PF.new_zeros(len(earlier_RK), scores_PF.shape[1])]).double()
+    keys_KF: Tensor
+    if len(queries_PK) < queries_PK.shape[1]:  # fewer equations of the one kind than of the other
+        keys_KF = queries_PK.T @ torch.linalg.solve(_ridged(queries_PK @ queries_PK.T), scores_PF)
+    else:
+        keys_KF = torch.linalg.solve(_ridged(queries_PK.T @ queries_PK), queries_PK.T @ scores_PF)
+    return keys_KF.T.float()
+
+
+def _ridged(products: Tensor) -> Tensor:
+    return products + RIDGE * torch.eye(len(products), dtype=products.dtype, device=products.device)

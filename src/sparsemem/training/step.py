@@ -54,6 +54,7 @@ class GradientStep:
 
     def observe(self, batches: Sequence[FactBatch]) -> None:
         """Remember what all wordings of some batches predict, before they are trained."""
+        self.method.prepare(batches)
         facts = [*itertools.chain(*batches)]
         self.own = {example for wordings in facts for example in own_share(wordings)}
         self.loss.observe(self.method.model, itertools.chain(*facts), self._forward, self.own)
