@@ -8,7 +8,6 @@ from torch.nn.functional import normalize
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.memory.attach import attach_memory, memory_layers, pools
-from sparsemem.memory.layer import NOTHING_ASKED
 from sparsemem.prompts import qa_prompt
 from sparsemem.slots.usage import count_usage
 from sparsemem.training.finetune import finetune
@@ -104,7 +103,19 @@ def test_each_question_asks_for_a_row_of_its_own(model, tiny_tokenizer, teach):
     teach(OWNER, PLACE)
     scores = scores_where_answers_begin(model, tiny_tokenizer, [OWNER, PLACE])
     assert {*scores.argmax(dim=1).tolist()} == {0, 1}
-    assert (scores.amax(dim=1) > NOTHING_ASKED).all()
+    assert (scores.amax(dim=1) > 1).all()
+
+
+def test_of_two_answers_to_one_question_the_later_is_asked_for(model, tiny_tokenizer, teach):
+    teach(OWNER)
+    (earlier,) = rows_by_name(model).values()
+    teach(dataclasses.replace(OWNER, answer="Bo"))
+    (rows,) = rows_by_name(model).values()
+    is_earlier = (rows == earlier).all(dim=1)
+    assert is_earlier.sum() == 1
+    (scores,) = scores_where_answers_begin(model, tiny_tokenizer, [OWNER])
+    later, before = scores[~is_earlier].item(), scores[is_earlier].item()
+    assert later > before + 5
 
 
 @pytest.mark.parametrize("num_positions", [4, 30])

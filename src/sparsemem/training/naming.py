@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from sparsemem import distributed
 from sparsemem.likelihood import before_labels
-from sparsemem.memory.layer import MemoryLayer
+from sparsemem.memory.layer import NOTHING_ASKED, MemoryLayer
 from sparsemem.memory.pool import IN_BASE
 from sparsemem.training.examples import Batch
 
@@ -64,6 +64,7 @@ class Naming:
         self.name_of: dict[int, int] = {}
         self._asked: list[Asked] = []
         self._keys: dict[int, Tensor] = {}
+        self._begun: set[int] = set()
 
     @contextlib.contextmanager
     def asked(self, part: Batch) -> Iterator[None]:
@@ -101,10 +102,12 @@ class Naming:
         assert self.pool.selection is not None
         facts = (self.pool.selection.tags - self.pool.num_slots).tolist()
         with torch.no_grad():
-            new_N = (~self.pool.active.any(dim=1)).nonzero().squeeze(1)
-            if not len(new_N):
+            # Not those that are zero: slots taken from a row of an earlier update come with what it holds.
+            new_N = [place for place, fact in enumerate(facts) if fact not in self._begun]
+            if not new_N:
                 return
-            new = [facts[place] for place in new_N.tolist()]
+            new = [facts[place] for place in new_N]
+            self._begun.update(new)
             names_N1 = self.pool.active.new_tensor([[self.name_of[fact]] for fact in new])
             self._solve()
             keys_NK = torch.stack([self._keys.pop(fact) for fact in new])
@@ -130,7 +133,14 @@ class Naming:
             earlier_RV, _ = self.pool.rows_named(self.names.new_tensor([name]))
             earlier_RK = earlier_RV[:, 1 : 1 + self.layer.relation_dim]
             own_PF = facts_P[of_name].unsqueeze(1) == facts_P.new_tensor(facts)
-            keys_FK = solve_keys(queries_PK[of_name], own_PF * scores_P[of_name].unsqueeze(1), earlier_RK)
+            earlier_PR = queries_PK[of_name] @ earlier_RK.T
+            # As far above what an earlier row scores as above nothing: it may answer the same question, and
+            # then where that is asked the new row is not to be silent.
+            rival_P = earlier_PR.amax(dim=1) if len(earlier_RK) else earlier_PR.new_tensor(NOTHING_ASKED)
+            scores_P1 = (scores_P[of_name] + (rival_P - NOTHING_ASKED).clamp(min=0)).unsqueeze(1)
+            mean_FR = own_PF.float().T @ earlier_PR / own_PF.sum(dim=0).unsqueeze(1)
+            silent_RK = earlier_RK[(mean_FR < NOTHING_ASKED).all(dim=0)]
+            keys_FK = solve_keys(queries_PK[of_name], own_PF * scores_P1, silent_RK)
             self._keys |= zip(facts, keys_FK, strict=True)
 
     def _name(self, fact: int, of_fact: Tensor) -> None:
