@@ -229,7 +229,8 @@ def test_two_processes_train_the_same_slots_to_the_same_rows(together, models, t
     torch.testing.assert_close(first["losses"], alone["losses"], rtol=0, atol=TOLERANCE)
     for key, rows in alone["rows"].items():
         assert torch.equal(first["rows"][key], second["rows"][key])
-        torch.testing.assert_close(first["rows"][key], rows, rtol=0, atol=TOLERANCE)
+        # Keys are the solution of equations whose sums come in another order.
+        torch.testing.assert_close(first["rows"][key], rows, rtol=1e-4, atol=TOLERANCE)
     assert [found for _, (_, found) in first["evaluations"]] == [
         found for _, (_, found) in alone["evaluations"]
     ]
