@@ -8,7 +8,7 @@ import torch
 from tests.memory.test_families import make_model
 
 from sparsemem.config import MemoryConfig
-from sparsemem.errors import ConfigError
+from sparsemem.errors import CheckpointError, ConfigError
 from sparsemem.memory.attach import attach_memory, before_read, detach_memory, memory_layers, pools
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import load, save
@@ -176,6 +176,15 @@ def test_a_memory_with_relations_is_what_it_was_when_loaded_again(model_folder, 
     loaded, _ = load(tmp_path / "memory")
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     assert named(loaded, ids) == named(model, ids)
+
+
+def test_a_folder_whose_keys_score_otherwise_is_refused(model_folder, tmp_path):
+    model, _ = load_base_model(str(model_folder))
+    save(attach_memory(model, CONFIG), tmp_path / "memory", str(model_folder))
+    path = tmp_path / "memory" / "memory_config.json"
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 2'))
+    with pytest.raises(CheckpointError, match="keys of rows score less; attach anew"):
+        load(tmp_path / "memory")
 
 
 def test_relations_are_as_wide_as_the_model_by_default_and_none_where_they_cannot_be():

@@ -47,8 +47,8 @@ from sparsemem.memory.layer import MemoryLayer
 CONFIG_FILE = "memory_config.json"
 WEIGHTS_FILE = "memory.safetensors"
 FORMAT = "sparsemem-memory"
-FORMAT_VERSION = 2
-"""2: slots are numbered in shells (memory/lookup.py)."""
+FORMAT_VERSION = 3
+"""2: slots are numbered in shells (memory/lookup.py). 3: a row's key times a query is its score as it is."""
 
 
 def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> None:
@@ -174,14 +174,20 @@ def read_header(folder: Path) -> dict[str, Any]:
         )
     header = read_json(folder / CONFIG_FILE)
     check_format(folder / CONFIG_FILE, header, FORMAT, FORMAT_VERSION)
-    if int(header["format_version"]) < FORMAT_VERSION:
+    version = int(header["format_version"])
+    if version < 2:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} has format version {header['format_version']}, which numbers slots in "
-            "another order; attach anew, and teach it again"
+            f"{folder / CONFIG_FILE} has format version {version}, which numbers slots in another order; "
+            "attach anew, and teach it again"
         )
     missing = {"base_model", "base_fingerprint", "weights_sha256", "memory"} - set(header)
     if missing:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {sorted(missing)[0]!r}; restore it from a copy")
+    if version < 3 and header["memory"].get("relation_dim", 0) != 0:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} has format version {version}, by which the keys of rows score less; "
+            "attach anew, and teach it again"
+        )
     return header
 
 
