@@ -183,7 +183,8 @@ def read_header(folder: Path) -> dict[str, Any]:
     missing = {"base_model", "base_fingerprint", "weights_sha256", "memory"} - set(header)
     if missing:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {sorted(missing)[0]!r}; restore it from a copy")
-    if version < 3 and header["memory"].get("relation_dim", 0) != 0:
+    options = header["memory"]
+    if version < 3 and isinstance(options, dict) and options.get("relation_dim", 0) != 0:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} has format version {version}, by which the keys of rows score less; "
             "attach anew, and teach it again"

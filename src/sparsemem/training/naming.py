@@ -102,7 +102,7 @@ class Naming:
         assert self.pool.selection is not None
         facts = (self.pool.selection.tags - self.pool.num_slots).tolist()
         with torch.no_grad():
-            # Not those that are zero: slots taken from a row of an earlier update come with what it holds.
+            # Not told by being zero: slots taken from a row of an earlier update come with what it holds.
             new_N = [place for place, fact in enumerate(facts) if fact not in self._begun]
             if not new_N:
                 return
