@@ -16,14 +16,10 @@ from sparsemem.study.explain import explain, explain_folder, taught_updates
 from sparsemem.study.learn import learn
 from sparsemem.study.reads import FIRES_FROM, Taught
 
+pytestmark = pytest.mark.usefixtures("every_state_asks")
+
 ZED = Fact(question="Who owns Zed?", answer="Ana", subject="Zed")
 QUZ = Fact(statement="Quz is made of tin.", answer="tin", subject="Quz")
-
-
-@pytest.fixture(autouse=True)
-def every_state_asks(monkeypatch):
-    """Rows made by hand have no keys that are asked for."""
-    monkeypatch.setattr("sparsemem.memory.layer.NOTHING_ASKED", 0.0)
 
 
 @pytest.fixture

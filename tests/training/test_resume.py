@@ -9,14 +9,10 @@ from sparsemem.memory.attach import attach_memory, observe_reads, pools
 from sparsemem.training.examples import Example, collate, collate_parts
 from sparsemem.training.prefix import PrefixCache
 
+pytestmark = pytest.mark.usefixtures("every_state_asks")
+
 PLACES = [(5, 9), (0, 4), (7, 12), (3, 5)]
 """Where the subject of each example begins, and how long the example is."""
-
-
-@pytest.fixture(autouse=True)
-def every_state_asks(monkeypatch):
-    """Rows made by hand have no keys that are asked for."""
-    monkeypatch.setattr("sparsemem.memory.layer.NOTHING_ASKED", 0.0)
 
 
 def make_examples(places=PLACES):

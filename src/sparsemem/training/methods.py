@@ -113,6 +113,7 @@ class SparseMemory:
             for batch in batches:
                 for of_batch in self._beforehand(batch).values():
                     self.naming.claim(of_batch)
+            self.naming.solve()
 
     @contextlib.contextmanager
     def step(self, batch: FactBatch, parts: Sequence[Batch]) -> Iterator[None]:

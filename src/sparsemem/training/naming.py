@@ -64,7 +64,6 @@ class Naming:
         self.name_of: dict[int, int] = {}
         self._asked: list[Asked] = []
         self._keys: dict[int, Tensor] = {}
-        self._begun: set[int] = set()
 
     @contextlib.contextmanager
     def asked(self, part: Batch) -> Iterator[None]:
@@ -96,52 +95,48 @@ class Naming:
         slot_ids = slot_ids[torch.isin(self.owners[slot_ids], self.owners.new_tensor([*chosen]))]
         return slot_ids, self.pool.num_slots + self.owners[slot_ids]
 
-    def begin(self) -> None:
-        """Give the active rows that are new their name, and the key by which they were asked for."""
-        assert self.pool.active is not None
-        assert self.pool.selection is not None
-        facts = (self.pool.selection.tags - self.pool.num_slots).tolist()
-        with torch.no_grad():
-            # Not told by being zero: slots taken from a row of an earlier update come with what it holds.
-            new_N = [place for place, fact in enumerate(facts) if fact not in self._begun]
-            if not new_N:
-                return
-            new = [facts[place] for place in new_N]
-            self._begun.update(new)
-            names_N1 = self.pool.active.new_tensor([[self.name_of[fact]] for fact in new])
-            self._solve()
-            keys_NK = torch.stack([self._keys.pop(fact) for fact in new])
-            nothing_NV = torch.zeros_like(self.pool.active[new_N])
-            values_NV = nothing_NV[:, : self.layer.width]
-            self.pool.active[new_N] = torch.cat([names_N1, keys_NK, values_NV], dim=1)
-
-    def _solve(self) -> None:
-        """Find the keys of the facts that were asked since the last time."""
+    def solve(self) -> None:
+        """Find the keys of the facts that were claimed and asked for since the last time."""
         # A process may have run none of the wordings.
         nothing = self.pool.rows.new_zeros(0, self.layer.relation_dim)
-        asked = [Asked(nothing, self.owners.new_zeros(0), nothing[:, 0]), *self._asked]
+        parts = [Asked(nothing, self.owners.new_zeros(0), nothing[:, 0]), *self._asked]
+        asked = Asked(*(distributed.gathered(torch.cat(kind)) for kind in zip(*parts, strict=True)))
         self._asked = []
-        queries_PK, facts_P, scores_P = (
-            distributed.gathered(torch.cat(parts)) for parts in zip(*asked, strict=True)
-        )
         by_name: dict[int, list[int]] = {}
-        for fact in facts_P.unique().tolist():
+        for fact in asked.facts.unique().tolist():
             if fact in self.name_of:
                 by_name.setdefault(self.name_of[fact], []).append(fact)
         for name, facts in by_name.items():
-            of_name = torch.isin(facts_P, facts_P.new_tensor(facts))
-            earlier_RV, _ = self.pool.rows_named(self.names.new_tensor([name]))
-            earlier_RK = earlier_RV[:, 1 : 1 + self.layer.relation_dim]
-            own_PF = facts_P[of_name].unsqueeze(1) == facts_P.new_tensor(facts)
-            earlier_PR = queries_PK[of_name] @ earlier_RK.T
-            # As far above what an earlier row scores as above nothing: it may answer the same question, and
-            # then where that is asked the new row is not to be silent.
-            rival_P = earlier_PR.amax(dim=1) if len(earlier_RK) else earlier_PR.new_tensor(NOTHING_ASKED)
-            scores_P1 = (scores_P[of_name] + (rival_P - NOTHING_ASKED).clamp(min=0)).unsqueeze(1)
-            mean_FR = own_PF.float().T @ earlier_PR / own_PF.sum(dim=0).unsqueeze(1)
-            silent_RK = earlier_RK[(mean_FR < NOTHING_ASKED).all(dim=0)]
-            keys_FK = solve_keys(queries_PK[of_name], own_PF * scores_P1, silent_RK)
+            is_own = torch.isin(asked.facts, asked.facts.new_tensor(facts))
+            keys_FK = self._keys_of(name, facts, Asked(*(kind[is_own] for kind in asked)))
             self._keys |= zip(facts, keys_FK, strict=True)
+
+    def begin(self) -> None:
+        """Give the active rows that are new their name and key, and no value."""
+        assert self.pool.active is not None
+        assert self.pool.selection is not None
+        facts = (self.pool.selection.tags - self.pool.num_slots).tolist()
+        # Not told by being zero: slots taken from a row of an earlier update come with what it holds.
+        for place, fact in enumerate(facts):
+            if fact in self._keys:
+                row_V = torch.zeros_like(self.pool.active[place])
+                row_V[0] = self.name_of[fact]
+                row_V[1 : 1 + self.layer.relation_dim] = self._keys.pop(fact)
+                self.pool.active.data[place] = row_V
+
+    def _keys_of(self, name: int, facts: list[int], asked: Asked) -> Tensor:
+        """Find the keys of new facts of a name, shape (facts, relation_dim)."""
+        earlier_RV, _ = self.pool.rows_named(self.names.new_tensor([name]))
+        earlier_RK = earlier_RV[:, 1 : 1 + self.layer.relation_dim]
+        own_PF = asked.facts.unsqueeze(1) == asked.facts.new_tensor(facts)
+        earlier_PR = asked.queries @ earlier_RK.T
+        # As far above what an earlier row scores as above nothing: it may answer the same question, and
+        # then where that is asked the new row is not to be silent.
+        rival_P = earlier_PR.amax(dim=1) if len(earlier_RK) else earlier_PR.new_tensor(NOTHING_ASKED)
+        scores_P1 = (asked.scores + (rival_P - NOTHING_ASKED).clamp(min=0)).unsqueeze(1)
+        mean_FR = own_PF.float().T @ earlier_PR / own_PF.sum(dim=0).unsqueeze(1)
+        silent_RK = earlier_RK[(mean_FR < NOTHING_ASKED).all(dim=0)]
+        return solve_keys(asked.queries, own_PF * scores_P1, silent_RK)
 
     def _name(self, fact: int, of_fact: Tensor) -> None:
         """Find the name that a fact is about among those known, or make one of what is free."""
