@@ -324,7 +324,7 @@ def test_weights_that_do_not_fit_the_config_are_an_error(base_model, tmp_path, c
     ("change", "error", "message"),
     [
         ({"format": "peft"}, CheckpointError, "not a sparsemem-memory file"),
-        ({"format_version": 4}, CheckpointError, "upgrade sparsemem"),
+        ({"format_version": 5}, CheckpointError, "upgrade sparsemem"),
         ({"format_version": 1}, CheckpointError, "another order"),
         ({"format_version": None}, CheckpointError, "upgrade sparsemem"),
         ({"memory": {**MEMORY, "num_slots": 64}}, ConfigError, "num_slots"),

@@ -12,7 +12,7 @@ from sparsemem.errors import CheckpointError, ConfigError
 from sparsemem.memory.attach import attach_memory, before_read, detach_memory, memory_layers, pools
 from sparsemem.memory.base_model import load_base_model
 from sparsemem.memory.checkpoint import load, save
-from sparsemem.memory.layer import FADES_IN, NOTHING_ASKED
+from sparsemem.memory.layer import DOUBT, FADES_IN
 
 VOCABULARY, WIDTH, RELATION = 40, 16, 6
 CONFIG = MemoryConfig(
@@ -82,6 +82,7 @@ def named(model, ids):
     return [bool(token[:, 1].any()) for token in layer.beside.answer[0]]
 
 
+@pytest.mark.usefixtures("every_state_asks")
 def test_the_answer_is_a_softmax_over_the_rows_of_the_names_read_and_nothing(model):
     (layer,) = memory_layers(model)
     rows = teach(model, torch.arange(6), name=3, num_rows=2)
@@ -89,15 +90,15 @@ def test_the_answer_is_a_softmax_over_the_rows_of_the_names_read_and_nothing(mod
     layer.value_scale.fill_(0.5)
     hidden = torch.randn(1, 4, WIDTH)
     names = torch.zeros(1, 4, 6, 2)
-    names[0, 1, 0] = torch.tensor([3, 0.25])
-    names[0, 2, 0] = torch.tensor([3, 0.125])
-    names[0, 3, 0] = torch.tensor([3, 0.5])
+    names[0, 1, 0] = torch.tensor([3, 0.9])
+    names[0, 2, 0] = torch.tensor([3, 0.8])
+    names[0, 3, 0] = torch.tensor([3, 1.0])
     found = layer.answer(hidden, names)
     assert torch.equal(found[0, 0], hidden[0, 0])
-    for place, agreement in ((1, 0.25), (2, 0.25 * math.exp(-1 / FADES_IN)), (3, 0.5)):
+    for place, certainty in ((1, 0.9**DOUBT), (2, 0.9**DOUBT * math.exp(-1 / FADES_IN)), (3, 1.0)):
         query = torch.nn.functional.normalize(layer.relation(hidden[0, place]), dim=0)
-        scores = [math.exp((query @ row[1 : 1 + RELATION]).item()) * agreement for row in rows]
-        total = sum(scores) + math.exp(NOTHING_ASKED)
+        scores = [math.exp((query @ row[1 : 1 + RELATION]).item()) * certainty for row in rows]
+        total = sum(scores) + 1
         expected = sum(score / total * row[1 + RELATION :] for score, row in zip(scores, rows, strict=True))
         torch.testing.assert_close(found[0, place], hidden[0, place] + 0.5 * expected)
 
@@ -182,8 +183,8 @@ def test_a_folder_whose_keys_score_otherwise_is_refused(model_folder, tmp_path):
     model, _ = load_base_model(str(model_folder))
     save(attach_memory(model, CONFIG), tmp_path / "memory", str(model_folder))
     path = tmp_path / "memory" / "memory_config.json"
-    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 2'))
-    with pytest.raises(CheckpointError, match="keys of rows score less; attach anew"):
+    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 3'))
+    with pytest.raises(CheckpointError, match="rows score otherwise; attach anew"):
         load(tmp_path / "memory")
 
 

@@ -47,8 +47,8 @@ from sparsemem.memory.layer import MemoryLayer
 CONFIG_FILE = "memory_config.json"
 WEIGHTS_FILE = "memory.safetensors"
 FORMAT = "sparsemem-memory"
-FORMAT_VERSION = 3
-"""2: slots are numbered in shells (memory/lookup.py). 3: a row's key times a query is its score as it is."""
+FORMAT_VERSION = 4
+"""2: slots are numbered in shells (memory/lookup.py). 4: the score of a row with relations is another."""
 
 
 def save(model: nn.Module, path: str | Path, base_model: str | None = None) -> None:
@@ -184,9 +184,9 @@ def read_header(folder: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {sorted(missing)[0]!r}; restore it from a copy")
     options = header["memory"]
-    if version < 3 and isinstance(options, dict) and options.get("relation_dim", 0) != 0:
+    if version < 4 and isinstance(options, dict) and options.get("relation_dim", 0) != 0:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} has format version {version}, by which the keys of rows score less; "
+            f"{folder / CONFIG_FILE} has format version {version}, by which rows score otherwise; "
             "attach anew, and teach it again"
         )
     return header

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from sparsemem import distributed
 from sparsemem.encode import length_batches, token_lists
@@ -341,18 +342,46 @@ def _fit(
 
 
 def _fit_relation(layer: MemoryLayer, states: States) -> dict[str, Tensor]:
-    """Whiten what rows have relations to: not wholly, as its smallest directions are noise.
-
-    Only its direction asks, so what is centred is the directions of ordinary text.
-    """
+    """Find the map after which ordinary text asks in all directions alike: only its direction asks."""
     if layer.relation is None:
         return {}
-    mean_D = states.outputs.mean(dim=0)
-    values_D, vectors_DD = torch.linalg.eigh(torch.cov(states.outputs.T))
+    centred_TD = states.outputs - states.outputs.mean(dim=0)
+    values_D, vectors_DD = torch.linalg.eigh(torch.cov(centred_TD.T))
     scaled_DD = vectors_DD / (values_D.clamp(min=0) + 0.3 * values_D.mean()).sqrt()
-    weight = scaled_DD[:, -layer.relation_dim :].T.contiguous()
-    queries_TK = (states.outputs - mean_D) @ weight.T
-    return {"relation.weight": weight, "relation.bias": -weight @ mean_D - geometric_median(queries_TK)}
+    weight_KD = scaled_DD[:, -layer.relation_dim :].T
+    queries_TK = centred_TD @ weight_KD.T
+    median_K = geometric_median(queries_TK)
+    root_KK = _inverse_root(scatter(queries_TK - median_K))
+    weight_KD = (root_KK @ weight_KD).contiguous()
+    bias_K = -weight_KD @ states.outputs.mean(dim=0) - root_KK @ median_K
+    return {"relation.weight": weight_KD, "relation.bias": bias_K}
+
+
+def scatter(points_NK: Tensor, shrinkage: float = 0.1, num_iterations: int = 10) -> Tensor:
+    """Find how directions of points scatter; whitened by it, they point in all directions alike.
+
+    Unlike a covariance it does not depend on how far points lie out. Source: Tyler 1987, "A
+    distribution-free M-estimator of multivariate scatter", shrunk towards the identity as in Chen, Wiesel
+    and Hero 2011 (arXiv:1009.5331).
+
+    Args:
+        points_NK: Shape (points, dimensions), centred.
+        shrinkage: Weight of the identity, 0 to 1.
+        num_iterations: Steps of the fixed-point iteration.
+
+    Returns:
+        Shape (dimensions, dimensions), its trace the number of dimensions.
+    """
+    directions_NK = normalize(points_NK, dim=1)
+    num, dim = points_NK.shape
+    identity_KK = torch.eye(dim, dtype=points_NK.dtype, device=points_NK.device)
+    scatter_KK = identity_KK
+    for _ in range(num_iterations):
+        lengths_N1 = (directions_NK @ _inverse_root(scatter_KK)).square().sum(dim=1, keepdim=True)
+        scatter_KK = dim / num * (directions_NK / lengths_N1.clamp(min=1e-12)).T @ directions_NK
+        scatter_KK = (1 - shrinkage) * scatter_KK + shrinkage * identity_KK
+        scatter_KK = scatter_KK * dim / scatter_KK.trace()
+    return scatter_KK
 
 
 def geometric_median(points_NK: Tensor, num_iterations: int = 50) -> Tensor:

@@ -21,9 +21,13 @@ NOTHING_ASKED = 9.0
 """What nothing scores where rows of a name are chosen among. A key is such that a state that asks for its row
 scores `training.naming.ASKED`."""
 
-FADES_IN = 16
+FADES_IN = 12
 """Tokens after which a name that was read scores 1 less. A text that is about something else by then may ask
 what a row of that name would answer."""
+
+DOUBT = 12.0
+"""What the logarithm of the agreement with which a name was read counts beside a score. Most names that
+ordinary text is taken to mention are read with little: another date, another storm."""
 
 TOKENS_AT_A_TIME = 256
 """Tokens whose reads are compared with one another at a time, R * R numbers each."""
@@ -176,10 +180,11 @@ class MemoryLayer(nn.Module):
     def answer(self, hidden: Tensor, names: Tensor) -> Tensor:
         """Add what is known of the names read so far, as far as a position asks for it.
 
-        `h + c sum_r g_r v_r` with `g = softmax(q(h) . k_r + log a_r - d_r)` over the rows r of all names read
-        at this position or before, and over nothing, whose score is `NOTHING_ASKED`. a is the agreement with
-        which the name was read and d how far back, in units of `FADES_IN` tokens: of all times it was read,
-        that which says most. Keys get no gradient: `training.naming` finds them in closed form.
+        `h + c sum_r g_r v_r` with `g = softmax(q(h) . k_r + DOUBT log a_r - d_r)` over the rows r of all
+        names read at this position or before, and over nothing, whose score is `NOTHING_ASKED`. a is the
+        agreement with which the name was read and d how far back, in units of `FADES_IN` tokens: of all
+        times it was read, that which says most. Keys get no gradient: `training.naming` finds them in
+        closed form.
 
         Args:
             hidden: Shape (batch, tokens, hidden_size).
@@ -199,7 +204,7 @@ class MemoryLayer(nn.Module):
                 [(agreement_BTN * (name_BTN == name)).amax(dim=-1) for name in found_U], dim=-1
             )
             gained_T1 = torch.arange(read_BTU.shape[1], device=names.device).unsqueeze(1) / FADES_IN
-            said_BTU = (read_BTU.log() + gained_T1).cummax(dim=1).values - gained_T1
+            said_BTU = (DOUBT * read_BTU.log() + gained_T1).cummax(dim=1).values - gained_T1
             said_BTU = said_BTU[:, -hidden.shape[1] :]
             rows_RV, number_R = self.pool.rows_named(found_U)
             _, keys_RK, values_RD = rows_RV.split([1, self.relation_dim, self.width], dim=1)
