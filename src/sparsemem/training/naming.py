@@ -21,7 +21,7 @@ NOBODY = -1
 """Owner of a slot that holds nothing. A fact of this update has its number, an earlier row one below this."""
 
 
-ASKED, GOES_ON = 32.0, 20.0
+ASKED, GOES_ON = 32.0, 26.0
 """What a row is to score where its answer begins, and where it goes on."""
 RIDGE = 0.1
 """Weight of the squared length of a key beside the squared error of a score. Ordinary text asks in all
