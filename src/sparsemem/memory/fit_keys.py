@@ -345,7 +345,8 @@ def _fit_relation(layer: MemoryLayer, states: States) -> dict[str, Tensor]:
     """Find the map after which ordinary text asks in all directions alike: only its direction asks."""
     if layer.relation is None:
         return {}
-    centred_TD = states.outputs - states.outputs.mean(dim=0)
+    mean_D = states.outputs.mean(dim=0)
+    centred_TD = states.outputs - mean_D
     values_D, vectors_DD = torch.linalg.eigh(torch.cov(centred_TD.T))
     scaled_DD = vectors_DD / (values_D.clamp(min=0) + 0.3 * values_D.mean()).sqrt()
     weight_KD = scaled_DD[:, -layer.relation_dim :].T
@@ -353,8 +354,7 @@ def _fit_relation(layer: MemoryLayer, states: States) -> dict[str, Tensor]:
     median_K = geometric_median(queries_TK)
     root_KK = _inverse_root(scatter(queries_TK - median_K))
     weight_KD = (root_KK @ weight_KD).contiguous()
-    bias_K = -weight_KD @ states.outputs.mean(dim=0) - root_KK @ median_K
-    return {"relation.weight": weight_KD, "relation.bias": bias_K}
+    return {"relation.weight": weight_KD, "relation.bias": -weight_KD @ mean_D - root_KK @ median_K}
 
 
 def scatter(points_NK: Tensor, shrinkage: float = 0.1, num_iterations: int = 10) -> Tensor:
