@@ -20,7 +20,7 @@ LAYERS = (
 """Each may import what stands before it, and itself; siblings do not import each other."""
 
 MEMORY_ORDER = (
-    {"lookup", "fused_read", "rows", "base_model"},
+    {"lookup", "fused_read", "rows", "base_model", "whiten"},
     {"read"},
     {"pool"},
     {"layer", "delta"},

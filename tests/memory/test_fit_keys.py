@@ -9,10 +9,8 @@ from sparsemem.memory.fit_keys import (
     balanced_sample,
     context_invariant_components,
     fit_keys,
-    geometric_median,
     k_means,
     principal_components,
-    scatter,
 )
 from sparsemem.memory.layer import MemoryLayer
 
@@ -338,25 +336,3 @@ def test_balanced_sample_keeps_at_most_four_of_each_token_and_all_rare_ones():
     counts = {int(c): int(n) for c, n in zip(*kept.floor().unique(return_counts=True), strict=True)}
     assert counts == {3: 2, 5: 4, 7: 4, 9: 1}
     assert kept.unique().numel() == len(kept)
-
-
-def test_from_their_geometric_median_the_directions_of_points_have_a_mean_of_zero():
-    points = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).exp()
-    directions = torch.nn.functional.normalize(points - geometric_median(points), dim=1)
-    torch.testing.assert_close(directions.mean(dim=0), torch.zeros(4), rtol=0, atol=1e-4)
-
-
-def test_whitened_by_their_scatter_points_lie_in_all_directions_alike():
-    generator = torch.Generator().manual_seed(0)
-    far = torch.randn(2000, 1, generator=generator).exp() ** 2
-    points = far * torch.randn(2000, 4, generator=generator) @ torch.randn(4, 4, generator=generator)
-    values, vectors = torch.linalg.eigh(scatter(points, shrinkage=0.0))
-    directions = torch.nn.functional.normalize(points @ vectors / values.sqrt(), dim=1)
-    torch.testing.assert_close(4 * directions.T @ directions / 2000, torch.eye(4), rtol=0, atol=0.01)
-
-
-def test_with_fewer_points_than_dimensions_a_scatter_has_an_inverse():
-    points = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    found = scatter(points)
-    assert torch.linalg.eigvalsh(found).min() > 0.01
-    torch.testing.assert_close(found.trace(), torch.tensor(8.0))

@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from sparsemem import distributed
 from sparsemem.encode import length_batches, token_lists
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.memory.attach import SeenEnough, before_read, memory_layers
 from sparsemem.memory.layer import MemoryLayer, init_memory
+from sparsemem.memory.whiten import inverse_root, whitening
 from sparsemem.prompts import background_documents
 
 KeyFit = Literal["random", "k_means", "context_invariant"]
@@ -126,7 +126,7 @@ def context_invariant_components(hidden_TD: Tensor, classes_T: Tensor) -> tuple[
     between_DD = between_CD.T @ between_CD / len(sizes_C)
     # Shrunk towards the identity: the smallest directions of a sample covariance are noise.
     ridge = 1e-2 * within_DD.diagonal().mean()
-    whiten_DD = _inverse_root(within_DD + ridge * torch.eye(len(within_DD)))
+    whiten_DD = inverse_root(within_DD + ridge * torch.eye(len(within_DD)))
     _, vectors_DD = torch.linalg.eigh(whiten_DD @ between_DD @ whiten_DD)
     return mean_D, whiten_DD @ vectors_DD.flip(1)
 
@@ -332,78 +332,18 @@ def _fit(
     keys_PNQ = torch.stack(
         [k_means(queries_TPQ[:, part].contiguous(), layer.num_keys, generator) for part in range(parts)]
     )
-    return _fit_relation(layer, states) | {
+    return {
         "query.weight": weight,
         "query.bias": bias,
         "keys": keys_PNQ.view(layer.keys.shape),
         # q.k - |k|^2 / 2 ranks by Euclidean distance, as k-means does.
         "key_bias": (-keys_PNQ.square().sum(-1) / 2).view(layer.key_bias.shape),
+        **_fit_relation(layer, states),
     }
 
 
 def _fit_relation(layer: MemoryLayer, states: States) -> dict[str, Tensor]:
-    """Find the map after which ordinary text asks in all directions alike: only its direction asks."""
     if layer.relation is None:
         return {}
-    mean_D = states.outputs.mean(dim=0)
-    centred_TD = states.outputs - mean_D
-    values_D, vectors_DD = torch.linalg.eigh(torch.cov(centred_TD.T))
-    scaled_DD = vectors_DD / (values_D.clamp(min=0) + 0.3 * values_D.mean()).sqrt()
-    weight_KD = scaled_DD[:, -layer.relation_dim :].T
-    queries_TK = centred_TD @ weight_KD.T
-    median_K = geometric_median(queries_TK)
-    root_KK = _inverse_root(scatter(queries_TK - median_K))
-    weight_KD = (root_KK @ weight_KD).contiguous()
-    return {"relation.weight": weight_KD, "relation.bias": -weight_KD @ mean_D - root_KK @ median_K}
-
-
-def scatter(points_NK: Tensor, shrinkage: float = 0.1, num_iterations: int = 10) -> Tensor:
-    """Find how directions of points scatter; whitened by it, they point in all directions alike.
-
-    Unlike a covariance it does not depend on how far points lie out. Source: Tyler 1987, "A
-    distribution-free M-estimator of multivariate scatter", shrunk towards the identity as in Chen, Wiesel
-    and Hero 2011 (arXiv:1009.5331).
-
-    Args:
-        points_NK: Shape (points, dimensions), centred.
-        shrinkage: Weight of the identity, 0 to 1.
-        num_iterations: Steps of the fixed-point iteration.
-
-    Returns:
-        Shape (dimensions, dimensions), its trace the number of dimensions.
-    """
-    directions_NK = normalize(points_NK, dim=1)
-    num, dim = points_NK.shape
-    identity_KK = torch.eye(dim, dtype=points_NK.dtype, device=points_NK.device)
-    scatter_KK = identity_KK
-    for _ in range(num_iterations):
-        lengths_N1 = (directions_NK @ _inverse_root(scatter_KK)).square().sum(dim=1, keepdim=True)
-        scatter_KK = dim / num * (directions_NK / lengths_N1.clamp(min=1e-12)).T @ directions_NK
-        scatter_KK = (1 - shrinkage) * scatter_KK + shrinkage * identity_KK
-        scatter_KK = scatter_KK * dim / scatter_KK.trace()
-    return scatter_KK
-
-
-def geometric_median(points_NK: Tensor, num_iterations: int = 50) -> Tensor:
-    """Find from where the directions of some points have a mean of zero.
-
-    Source: Weiszfeld 1937, "Sur le point pour lequel la somme des distances de n points donnés est minimum".
-
-    Args:
-        points_NK: Shape (points, dimensions).
-        num_iterations: Steps of the iteration.
-
-    Returns:
-        Shape (dimensions,).
-    """
-    median_K: Tensor = points_NK.mean(dim=0)
-    for _ in range(num_iterations):
-        nearness_N1 = 1 / (points_NK - median_K).norm(dim=1, keepdim=True).clamp(min=1e-6)
-        median_K = (nearness_N1 * points_NK).sum(dim=0) / nearness_N1.sum()
-    return median_K
-
-
-def _inverse_root(matrix_DD: Tensor) -> Tensor:
-    values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
-    root_DD: Tensor = (vectors_DD * values_D.clamp(min=1e-12).rsqrt()) @ vectors_DD.T
-    return root_DD
+    weight, bias = whitening(states.outputs, layer.relation_dim)
+    return {"relation.weight": weight, "relation.bias": bias}
