@@ -133,10 +133,12 @@ def race(folder: Path, num_commits: int) -> int:
     for seed in (1, 2):
         child = os.fork()
         if child == 0:
+            status = 1
             try:
                 os.write(writer, race_alone(DeltaStore(folder), num_commits, random.Random(seed)))
+                status = 0
             finally:
-                os._exit(0)
+                os._exit(status)
         children.append(child)
     os.close(writer)
     assert [os.WEXITSTATUS(os.waitpid(child, 0)[1]) for child in children] == [0, 0]

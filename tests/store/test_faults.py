@@ -2,6 +2,7 @@
 
 import importlib.util
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ def test_two_writers_at_once_make_one_line_of_commits(faults, folder):
     store = DeltaStore(folder)
     assert len(store) == 12
     assert verify(store) == []
+
+
+def test_a_history_that_another_process_is_making_is_waited_for(folder):
+    other = sqlite3.connect(folder / "history.sqlite", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    done = threading.Timer(0.2, other.execute, ["COMMIT"])
+    done.start()
+    store = DeltaStore(folder)
+    with store.database.writing():
+        assert not done.is_alive()
+    done.join()
+    other.close()
 
 
 def test_the_check_would_find_a_lost_commit(faults, folder):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         if os.access(self.path.parent, os.W_OK) and (not self.path.exists() or os.access(self.path, os.W_OK)):
             connection = sqlite3.connect(self.path, timeout=LOCK_SECONDS, isolation_level=None)
-            connection.execute("PRAGMA journal_mode = WAL")
+            _keep_a_log(connection)
             connection.execute("PRAGMA synchronous = FULL")  # a commit that was reported survives a power cut
             return connection
         # A read-only copy, such as a snapshot from the Hub: nobody writes it, and WAL needs to.
@@ -157,3 +158,16 @@ class Database:
 def _is_empty(connection: sqlite3.Connection) -> bool:
     (number,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     return bool(number == 0)
+
+
+def _keep_a_log(connection: sqlite3.Connection) -> None:
+    """Set journal_mode to WAL, for which SQLite itself does not wait while another process makes the file."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
