@@ -19,6 +19,12 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def falls(result, config):
+    """Whether the mean loss of the last pass over the facts is lower than that of the first."""
+    steps = len(result.losses) // config.num_epochs
+    return sum(result.losses[-steps:]) < sum(result.losses[:steps])
+
+
 @pytest.fixture
 def usage(attached, tiny_tokenizer, texts):
     return count_usage(attached, tiny_tokenizer, texts, **USAGE_OPTIONS)
