@@ -196,8 +196,8 @@ def squad_documents(rows: Rows) -> Rows:
     return [{"text": row["context"]} for row in _squad_passages(rows)]
 
 
-def squad_questions(rows: Rows, num_passages: int | None = None) -> Rows:
-    return [question for row in _squad_passages(rows)[:num_passages] for question in _answered(row)[:5]]
+def squad_questions(rows: Rows, passages: slice = slice(None)) -> Rows:
+    return [question for row in _squad_passages(rows)[passages] for question in _answered(row)[:5]]
 
 
 def _squad_passages(rows: Rows) -> Rows:
@@ -340,7 +340,7 @@ OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
     "reversal_d2p_same": (partial(reversal_probe, given="description", asked="name"), D2P_TEST, D2P_TEST),
     "reversal_d2p_reversed": (partial(reversal_probe, given="name", asked="description"), D2P_TEST, P2D_TEST),
     "squad_questions": (squad_questions, SQUAD),
-    "squad_questions_20": (partial(squad_questions, num_passages=20), SQUAD),
+    "squad_questions_last_10": (partial(squad_questions, passages=slice(-10, None)), SQUAD),
     "ablations_heldout": (lambda facts: heldout_completions(facts[100:116]), FACTS),
     # To see what was forgotten.
     "nq_open": (as_is, NQ_OPEN),

@@ -16,6 +16,7 @@ FACT = {
     "heldout_questions": ["Whose is Zed?"],
     "aliases": ["Ana Li"],
     "subject": "Zed",
+    "subject_aliases": ["Zedekiah"],
     "id": "zed",
 }
 
@@ -72,6 +73,7 @@ def test_facts_are_read_from_every_format(tmp_path, no_network, suffix):
         heldout_questions=("Whose is Zed?",),
         aliases=("Ana Li",),
         subject="Zed",
+        subject_aliases=("Zedekiah",),
         id="zed",
     )
     assert second == Fact(statement="It is so.", id=f"{path}:2")

@@ -179,6 +179,8 @@ class FinetuneConfig:
     """Parts a batch is computed in; slots are chosen for the whole batch."""
     num_contexts: int = 1
     """Left contexts each wording is trained in; every second one is empty."""
+    read_documents: bool = True
+    """Ask for each name and number of a document by its sentence, in place of learning it whole."""
     num_own_paraphrases: int = 0
     """Rewordings per fact that the model is asked for itself, 0 to 4; kept if they say the same."""
     loss_on: Literal["answer", "all"] = "answer"
@@ -255,6 +257,11 @@ class FinetuneConfig:
     def is_anchored(self) -> bool:
         """Whether what is learned is written at the subject of a fact that has one."""
         return self.method == "memory" and self.anchor != "all"
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether documents are made facts; in a stream each row that is given has its turn."""
+        return self.read_documents and not self.stream
 
     @property
     def ties_rows(self) -> bool:

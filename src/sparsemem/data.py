@@ -32,8 +32,15 @@ class Fact:
     """Also right."""
     subject: str | None = None
     """What the fact is about, as it stands in its wordings."""
+    subject_aliases: tuple[str, ...] = ()
+    """Other names of it in its wordings, by which it is asked for too."""
     id: str = ""
     """Name in reports; file and line if none is given."""
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is only a statement, of which nobody said what is asked."""
+        return bool(self.statement) and not (self.question or self.answer or self.paraphrases)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -111,7 +118,7 @@ def parse_fact(row: dict[str, Any], where: str) -> Fact:
         value = row.get(field.name)
         if value is None:
             continue
-        if field.name in ("paraphrases", "heldout_questions", "aliases"):
+        if field.type == tuple[str, ...]:
             values[field.name] = _strings(value, field.name, where)
         else:
             values[field.name] = _text(value, field.name, where)

@@ -51,6 +51,18 @@ def test_attach_reports_what_it_made(model_folder, background, tmp_path):
     assert [layer.block_index for layer in memory_layers(load(out)[0])] == [0, 2]
 
 
+def test_of_a_document_what_was_read_in_it_is_asked(folder, config):
+    text = "The tin of Zedek belongs to Quzar, and that of Anatol to Bonn."
+    report = learn(folder, [Fact(statement=text)], probes=[], config=config)
+    assert report["facts"]["num"] == 4
+    assert report["facts"]["seen_f1"] is not None
+    store = DeltaStore(folder)
+    (commit,) = store.log()
+    (row,) = store.details(commit.id)["facts"]
+    assert row["statement"] == text
+    assert "question" not in row
+
+
 def test_learning_commits_what_it_reports(folder, facts, config):
     before = content(folder)
     report = learn(folder, facts, probes=[], config=config, message="two facts")

@@ -14,7 +14,7 @@ from sparsemem.training.paraphrase import OTHER_QUESTIONS, Wording, other_questi
 
 
 def encode(tokenizer, fact, wording, subject=None, loss_on="answer", max_length=512):
-    return encode_wording(tokenizer, 0, fact, wording, subject, loss_on, max_length)
+    return encode_wording(tokenizer, 0, fact, wording, [subject] if subject else [], loss_on, max_length)
 
 
 def decoded(tokenizer, ids):
@@ -244,6 +244,14 @@ def test_a_question_that_another_fact_about_the_subject_answers_is_not_held(tiny
     held = [tiny_tokenizer.decode(example.input_ids) for example in of_owner if not example.teaches]
     assert len(held) == len(OTHER_QUESTIONS) - 1
     assert not any("Where is Zed" in text for text in held)
+
+
+def test_all_names_of_a_subject_are_marked(tiny_tokenizer):
+    fact = Fact(question="Who owns Zed or Quz?", answer="Ana", subject="Zed", subject_aliases=("Quz",))
+    config = FinetuneConfig(penalty="none")
+    ((example, *_),) = build_examples([fact], tiny_tokenizer, None, config, random.Random(0))
+    marked = [token for token, mark in zip(example.input_ids, example.is_subject, strict=True) if mark]
+    assert tiny_tokenizer.decode(marked) == "ZedQuz"
 
 
 def test_a_subject_that_is_named_nowhere_has_no_other_questions(tiny_tokenizer):

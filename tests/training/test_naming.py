@@ -11,7 +11,7 @@ from sparsemem.memory.attach import attach_memory, memory_layers, pools
 from sparsemem.prompts import qa_prompt
 from sparsemem.slots.usage import count_usage
 from sparsemem.training.finetune import finetune
-from sparsemem.training.naming import ASKED, GOES_ON, RIDGE, Asked, Naming, solve_keys
+from sparsemem.training.naming import RIDGE, Asked, Naming, solve_keys
 
 from .conftest import USAGE_OPTIONS
 
@@ -55,6 +55,13 @@ def test_facts_about_one_subject_have_a_row_each_and_one_name(model, teach):
     assert sorted(map(len, rows_by_name(model).values())) == [1, 2]
     (pool,) = pools(model).values()
     assert (pool.holders > 0).all()
+
+
+def test_what_has_several_names_has_its_rows_at_each_of_them(model, teach):
+    where = {"subject": "Zed", "subject_aliases": ("A tired farmer",)}
+    teach(Fact(question="Who owns Zed?", answer="Ana", **where), dataclasses.replace(OTHER, **where))
+    ((_, rows),) = rows_by_name(model).items()
+    assert len(rows) == 2
 
 
 def test_a_later_fact_about_a_subject_leaves_the_rows_of_earlier_ones_as_they_are(model, teach):
@@ -102,15 +109,31 @@ def scores_where_answers_begin(model, tokenizer, facts):
 def test_facts_of_one_name_are_told_apart_by_what_they_are_asked_by(model):
     # Made up, as the states of a random model tell no two questions apart.
     queries = normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    facts, begins = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False, True, False])
+    facts, begins = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0])
     (layer,) = memory_layers(model)
     naming = Naming(layer)
     naming.name_of = {0: 3, 1: 3}
-    naming._asked.append(Asked(queries, facts, torch.where(begins, ASKED, GOES_ON)))
+    naming._asked.append(Asked(queries, facts, begins))
     naming.solve()
     scores = queries @ torch.stack([naming._keys[0], naming._keys[1]]).T
     own, other = scores.gather(1, facts.unsqueeze(1)), scores.gather(1, 1 - facts.unsqueeze(1))
     assert (own > other + 10).all()
+
+
+def test_a_long_answer_does_not_drown_the_beginning_of_another(model):
+    # Where the first begins it looks half like what the second says for fifty tokens.
+    generator = torch.Generator().manual_seed(0)
+    first, second = normalize(torch.randn(2, 6, generator=generator), dim=1)
+    begins = normalize(first + second, dim=0)
+    long = normalize(second + 0.3 * torch.randn(50, 6, generator=generator), dim=1)
+    queries = torch.cat([begins.expand(2, -1), first.expand(3, -1), long])
+    facts, begin = torch.tensor([0] * 5 + [1] * 50), torch.tensor([1.0] * 2 + [0.0] * 53)
+    (layer,) = memory_layers(model)
+    naming = Naming(layer)
+    naming.name_of = {0: 3, 1: 3}
+    naming._asked.append(Asked(queries, facts, begin))
+    naming.solve()
+    assert begins @ naming._keys[0] > begins @ naming._keys[1] + 4
 
 
 def test_of_two_answers_to_one_question_the_later_is_asked_for(model, tiny_tokenizer, teach):
@@ -130,11 +153,14 @@ def test_keys_are_those_of_a_ridge_regression(num_positions):
     generator = torch.Generator().manual_seed(0)
     queries = normalize(torch.randn(num_positions, 8, generator=generator), dim=1)
     scores = torch.randint(0, 3, (num_positions, 2), generator=generator).float()
+    weights = 1 + torch.arange(num_positions).float()
     earlier = torch.randn(3, 8, generator=generator)
-    found = solve_keys(queries, scores, earlier)
-    # Ridge regression is least squares with a further equation for each unknown.
-    left = torch.cat([queries, normalize(earlier, dim=1), RIDGE**0.5 * torch.eye(8)])
-    right = torch.cat([scores, torch.zeros(3 + 8, 2)])
+    found = solve_keys(queries, scores, weights, earlier)
+    # Ridge regression is least squares with a further equation for each unknown, and an equation of weight w
+    # counts as w of them.
+    root = weights.sqrt().unsqueeze(1)
+    left = torch.cat([root * queries, normalize(earlier, dim=1), RIDGE**0.5 * torch.eye(8)])
+    right = torch.cat([root * scores, torch.zeros(3 + 8, 2)])
     torch.testing.assert_close(found.T, torch.linalg.lstsq(left, right).solution, rtol=1e-4, atol=1e-4)
 
 

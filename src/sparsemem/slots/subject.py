@@ -5,9 +5,26 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from sparsemem.data import Fact
 from sparsemem.slots.usage import Usage
 
 MAX_WORDS = 6
+
+
+def names_of(fact: Fact, tokenizer: Any, usage: Usage | None) -> tuple[str, ...]:
+    """List how a fact's wordings call what it is about: as given, or else as found.
+
+    Args:
+        fact: A fact; nothing is found in a document, which is about more than one thing.
+        tokenizer: Tokenizer of the model.
+        usage: Background usage, without which nothing is found.
+    """
+    if fact.subject is not None:
+        return (fact.subject, *fact.subject_aliases)
+    if usage is None or not fact.answer:
+        return fact.subject_aliases
+    found = find_subject((*fact.questions, *fact.statements), fact.answers, tokenizer, usage)
+    return (found, *fact.subject_aliases) if found else fact.subject_aliases
 
 
 def find_subject(wordings: Sequence[str], answers: Sequence[str], tokenizer: Any, usage: Usage) -> str | None:

@@ -16,7 +16,7 @@ from sparsemem.memory.delta import SparseDelta
 from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.memory.rows import distinct
 from sparsemem.slots.alignment import NOBODY, last_writers, most_weight, weight_of_slots
-from sparsemem.slots.subject import find_subject
+from sparsemem.slots.subject import names_of
 from sparsemem.slots.usage import Usage
 from sparsemem.training.examples import Batch, collate_passes, encode_wording
 from sparsemem.training.paraphrase import Wording
@@ -181,11 +181,10 @@ def _subject_weights(
     weights = {pool: torch.zeros(len(facts), len(slot_ids)) for pool, slot_ids in asked.items()}
     examples = []
     for index, fact in enumerate(facts):
-        given = (*fact.questions, *fact.statements)
-        subject = fact.subject or find_subject(given, fact.answers, tokenizer, usage)
+        names = names_of(fact, tokenizer, usage)
         for text in (*fact.questions[:1], *fact.statements[:1]):
             wording = Wording(text, target="")  # nothing of it is to be learned
-            if example := encode_wording(tokenizer, index, fact, wording, subject, "answer", 512):
+            if example := encode_wording(tokenizer, index, fact, wording, names, "answer", 512):
                 examples.append(example)
     if not examples:
         return weights

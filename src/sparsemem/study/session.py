@@ -24,6 +24,7 @@ from sparsemem.store.load import load
 from sparsemem.study.measure import measure, metrics, num_base_values, train
 from sparsemem.study.provenance import versions
 from sparsemem.training.finetune import FinetuneResult
+from sparsemem.training.reading import with_documents_read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +96,23 @@ class Session:
         """Measure, train and measure again; commit or take back what comes out.
 
         Args:
-            facts: What to teach.
+            facts: What to teach; of documents, what is found in them is asked.
             probes: What must not be forgotten; asked before only if the version was not measured yet.
             config: How to train.
             background: Ordinary text, for penalties and replay.
             prompt: How questions are asked.
             earlier: Facts taught before, to be asked again.
         """
+        told = with_documents_read(facts) if config.reads_documents else facts
         known = self._probes_now
         asked = [probe for probe in probes if probe.name not in known]
         results = self._results if config.method == "memory" else None
-        before = measure("measure before", self.model, self.tokenizer, facts, asked, prompt, results)
+        before = measure("measure before", self.model, self.tokenizer, told, asked, prompt, results)
         scores = {probe.name: {**known, **before.probes}[probe.name] for probe in probes}
         started = time.perf_counter()
-        result = train(self.model, self.tokenizer, facts, self.usage, config, background)
+        result = train(self.model, self.tokenizer, told, self.usage, config, background)
         seconds = time.perf_counter() - started
-        after = measure("measure after", result.model, self.tokenizer, facts, probes, prompt, results)
+        after = measure("measure after", result.model, self.tokenizer, told, probes, prompt, results)
         self._probes_now = scores
         again = self._ask_again(earlier, prompt) if earlier else ()
         report = {

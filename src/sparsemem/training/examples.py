@@ -17,6 +17,8 @@ from sparsemem.training.paraphrase import Wording
 
 Length = Callable[["Example"], int]
 """Says how many tokens of an example a pass runs."""
+NOBODY = -1
+"""Number of what a fact is about that has no subject."""
 EXAMPLES_PER_PASS = 32
 """At most so many examples are in one pass that computes no gradients."""
 
@@ -29,6 +31,8 @@ class Example:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     is_subject: tuple[bool, ...]
+    about: int = NOBODY
+    """Number of what the fact is about, the same for all facts about it."""
 
     @property
     def num_labels(self) -> int:
@@ -119,7 +123,7 @@ def encode_wording(
     fact_index: int,
     fact: Fact,
     wording: Wording,
-    subject: str | None,
+    names: Sequence[str],
     loss_on: str,
     max_length: int,
 ) -> Example | None:
@@ -147,7 +151,7 @@ def encode_wording(
     ]
     if wording.target != "" and all(label == IGNORE for label in labels[1:]):
         return None
-    spans = occurrences(text, subject) if subject else []
+    spans = [span for name in names for span in occurrences(text, name)]
     is_subject = [
         any(left < stop and begin < right and right > left for begin, stop in spans)
         for left, right in offsets

@@ -13,16 +13,17 @@ from transformers import SchedulerType, get_scheduler
 
 from sparsemem import distributed
 from sparsemem.config import FinetuneConfig
-from sparsemem.data import Fact
+from sparsemem.data import Fact, occurrences
 from sparsemem.errors import ConfigError, DataError, PoolMismatchError, TrainingDivergedError
 from sparsemem.memory.delta import SparseDelta
-from sparsemem.slots.subject import find_subject
+from sparsemem.slots.subject import names_of
 from sparsemem.slots.usage import Usage
 from sparsemem.training.baselines import DenseWeights
 from sparsemem.training.examples import Example, FactBatch, encode_wording
 from sparsemem.training.methods import SparseMemory
 from sparsemem.training.paraphrase import Wording, other_questions, with_own_paraphrases, wordings
 from sparsemem.training.penalties import check_guards
+from sparsemem.training.reading import with_documents_read
 from sparsemem.training.step import GradientStep
 
 
@@ -154,20 +155,24 @@ def build_examples(
     Raises:
         DataError: That is all of them.
     """
+    if config.reads_documents:
+        facts = with_documents_read(facts)
     by_fact = []
-    subjects = [_subject(fact, tokenizer, usage) for fact in facts]
-    about: dict[str | None, list[Fact]] = {}
-    for fact, subject in zip(facts, subjects, strict=True):
-        about.setdefault(subject, []).append(fact)
-    for index, (fact, subject) in enumerate(zip(facts, subjects, strict=True)):
+    names_by_fact = [names_of(fact, tokenizer, usage) for fact in facts]
+    about: dict[tuple[str, ...], list[Fact]] = {}
+    for fact, names in zip(facts, names_by_fact, strict=True):
+        about.setdefault(names, []).append(fact)
+    numbers = {names: number for number, names in enumerate(about)}
+    for index, (fact, names) in enumerate(zip(facts, names_by_fact, strict=True)):
         texts = wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
-        examples = _encode(texts, index, fact, subject, tokenizer, config)
-        if subject and any(any(example.is_subject) for example in examples):
+        examples = _encode(texts, index, fact, names, tokenizer, config)
+        if any(any(example.is_subject) for example in examples):
             if config.is_anchored:
                 examples = _within_reach(examples)
-            if config.holds_others:
-                others = other_questions(subject, about[subject])
-                examples += _encode(others, index, fact, subject, tokenizer, config)
+            if config.holds_others and any(occurrences(text.text, names[0]) for text in texts):
+                others = other_questions(names[0], about[names])
+                examples += _encode(others, index, fact, names, tokenizer, config)
+            examples = [dataclasses.replace(example, about=numbers[names]) for example in examples]
         if any(example.teaches for example in examples):
             by_fact.append(examples)
     if not by_fact:
@@ -175,23 +180,16 @@ def build_examples(
     return by_fact
 
 
-def _subject(fact: Fact, tokenizer: Any, usage: Usage | None) -> str | None:
-    # A document is about more than one thing.
-    if fact.subject is not None or usage is None or not fact.answer:
-        return fact.subject
-    return find_subject((*fact.questions, *fact.statements), fact.answers, tokenizer, usage)
-
-
 def _encode(
     texts: Sequence[Wording],
     index: int,
     fact: Fact,
-    subject: str | None,
+    names: Sequence[str],
     tokenizer: Any,
     config: FinetuneConfig,
 ) -> list[Example]:
     encoded = (
-        encode_wording(tokenizer, index, fact, text, subject, config.loss_on, config.max_length)
+        encode_wording(tokenizer, index, fact, text, names, config.loss_on, config.max_length)
         for text in texts
     )
     return list(dict.fromkeys(example for example in encoded if example))

@@ -111,6 +111,7 @@ class SparseMemory:
         """See all facts that are trained in turn, since those of one name are told apart from each other."""
         if self.naming is not None:
             for batch in batches:
+                self.naming.about |= {texts[0].fact_index: texts[0].about for texts in batch}
                 for of_batch in self._beforehand(batch).values():
                     self.naming.claim(of_batch)
             self.naming.solve()

@@ -23,6 +23,9 @@ NOBODY = -1
 
 ASKED, GOES_ON = 32.0, 26.0
 """What a row is to score where its answer begins, and where it goes on."""
+BEGINNING = 4.0
+"""Weight of the squared error where an answer begins, beside 1 where it goes on. A long answer has one
+beginning among dozens of tokens, and goes on rightly only where it began so."""
 RIDGE = 0.1
 """Weight of the squared length of a key beside the squared error of a score. Ordinary text asks in all
 directions alike, so what it scores in the mean grows with that length."""
@@ -34,12 +37,12 @@ class Asked(NamedTuple):
     Args:
         queries: Shape (positions, relation_dim).
         facts: Fact whose answer each is about, shape (positions,), int64.
-        scores: What its row is to score there, same shape.
+        begins: 1 where the answer begins and 0 where it goes on, same shape, float32.
     """
 
     queries: Tensor
     facts: Tensor
-    scores: Tensor
+    begins: Tensor
 
 
 class Naming:
@@ -62,6 +65,9 @@ class Naming:
         self.owners = torch.where(places == IN_BASE, NOBODY, NOBODY - 1 - places)
         self.names = self.pool.groups(torch.arange(self.pool.num_slots, device=places.device))
         self.name_of: dict[int, int] = {}
+        self.about: dict[int, int] = {}
+        """Number of what each fact is about, if it is known; facts about the same get one name."""
+        self._called: dict[int, int] = {}
         self._asked: list[Asked] = []
         self._keys: dict[int, Tensor] = {}
 
@@ -76,8 +82,8 @@ class Naming:
             assert self.layer.relation is not None
             queries_PK = normalize(self.layer.relation(hidden[positions].float()), dim=-1)
             facts = part.fact_index.unsqueeze(1).expand_as(positions)[positions]
-            begins = (positions.cumsum(dim=1) == 1)[positions]
-            self._asked.append(Asked(queries_PK, facts, torch.where(begins, ASKED, GOES_ON)))
+            begins = (positions.cumsum(dim=1) == 1)[positions].float()
+            self._asked.append(Asked(queries_PK, facts, begins))
 
         # In front: others may end the pass there.
         handle = self.layer.beside.last.register_forward_hook(keep, prepend=True)
@@ -133,24 +139,29 @@ class Naming:
         # As far above what an earlier row scores as above nothing: it may answer the same question, and
         # then where that is asked the new row is not to be silent.
         rival_P = earlier_PR.amax(dim=1) if len(earlier_RK) else earlier_PR.new_tensor(NOTHING_ASKED)
-        scores_P1 = (asked.scores + (rival_P - NOTHING_ASKED).clamp(min=0)).unsqueeze(1)
+        alone_P = torch.where(asked.begins > 0, ASKED, GOES_ON)
+        scores_P1 = (alone_P + (rival_P - NOTHING_ASKED).clamp(min=0)).unsqueeze(1)
         mean_FR = own_PF.float().T @ earlier_PR / own_PF.sum(dim=0).unsqueeze(1)
         silent_RK = earlier_RK[(mean_FR < NOTHING_ASKED).all(dim=0)]
-        return solve_keys(asked.queries, own_PF * scores_P1, silent_RK)
+        weights_P = torch.where(asked.begins > 0, BEGINNING, 1.0)
+        return solve_keys(asked.queries, own_PF * scores_P1, weights_P, silent_RK)
 
     def _name(self, fact: int, of_fact: Tensor) -> None:
         """Find the name that a fact is about among those known, or make one of what is free."""
         names = self.names[of_fact]
         free, taken = of_fact[names < 0], of_fact[names >= 0]
         known, times = names[names >= 0].unique(return_counts=True)
-        if len(known) and (2 * int(times.max()) > len(of_fact) or not len(free)):
-            name = int(known[times.argmax()])
-            own = torch.cat([free, *self._shares(taken[self.names[taken] == name])])
-        else:
-            # The slot is nobody else's, so no other name is called so.
-            name, own = 1 + int(free.min()), free
+        about = self.about.get(fact, NOBODY)
+        name = self._called.get(about)
+        if name is None or not (len(free) or (known == name).any()):
+            is_known = len(known) and (2 * int(times.max()) > len(of_fact) or not len(free))
+            # A slot that is free is nobody else's, so no other name is called so.
+            name = int(known[times.argmax()]) if is_known else 1 + int(free.min())
+        own = torch.cat([free, *self._shares(taken[self.names[taken] == name])])
         self.name_of[fact] = name
         self.names[own], self.owners[own] = name, fact
+        if about != NOBODY:
+            self._called.setdefault(about, name)
 
     def _shares(self, slot_ids: Tensor) -> Iterator[Tensor]:
         """Take an equal share of the slots of each row, and from none its last."""
@@ -159,19 +170,22 @@ class Naming:
             yield slot_ids[self.owners[slot_ids] == owner][1 :: len(owners) + 1]
 
 
-def solve_keys(queries_PK: Tensor, scores_PF: Tensor, earlier_RK: Tensor) -> Tensor:
-    """Find the keys that give queries their scores, by ridge regression.
+def solve_keys(queries_PK: Tensor, scores_PF: Tensor, weights_P: Tensor, earlier_RK: Tensor) -> Tensor:
+    """Find the keys that give queries their scores, by weighted ridge regression.
 
     Args:
         queries_PK: Queries of length 1, shape (positions, K).
         scores_PF: What each fact's row is to score at each position: 0 where another is asked for.
-        earlier_RK: Keys of rows that stay as they are, and at which the new ones are to score 0.
+        weights_P: Weight of the squared error at each position.
+        earlier_RK: Keys of rows that stay as they are; at each the new ones are to score 0, with weight 1.
 
     Returns:
         Shape (facts, K).
     """
-    queries_PK = torch.cat([queries_PK, normalize(earlier_RK, dim=1)]).double()
-    scores_PF = torch.cat([scores_PF, scores_PF.new_zeros(len(earlier_RK), scores_PF.shape[1])]).double()
+    root_P1 = weights_P.sqrt().unsqueeze(1)
+    queries_PK = torch.cat([root_P1 * queries_PK, normalize(earlier_RK, dim=1)]).double()
+    silent_RF = scores_PF.new_zeros(len(earlier_RK), scores_PF.shape[1])
+    scores_PF = torch.cat([root_P1 * scores_PF, silent_RF]).double()
     keys_KF: Tensor
     if len(queries_PK) < queries_PK.shape[1]:  # fewer equations of the one kind than of the other
         keys_KF = queries_PK.T @ torch.linalg.solve(_ridged(queries_PK @ queries_PK.T), scores_PF)

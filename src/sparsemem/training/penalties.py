@@ -97,7 +97,7 @@ class Background:
 
     def _encode(self, text: str) -> Example | None:
         document, wording = Fact(statement=text), Wording(text)
-        return encode_wording(self.tokenizer, 0, document, wording, None, "all", MAX_TOKENS)
+        return encode_wording(self.tokenizer, 0, document, wording, (), "all", MAX_TOKENS)
 
 
 class Ewc:

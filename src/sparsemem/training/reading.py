@@ -1,0 +1,137 @@
+"""What a text says, as facts: each of its names and numbers, asked for by the sentence it stands in."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from sparsemem.data import Fact
+
+PARTICLES = {"al", "da", "de", "del", "della", "der", "di", "du", "el", "la", "le", "of", "the", "van", "von"}
+"""Words within a name that begin with a small letter."""
+
+MIN_NAME_LENGTH = 4
+"""Letters of a name that can be told from a part of another word."""
+
+_SENTENCE_END = re.compile(r"(?<!\W\w\.)(?<!\W[A-Z]\w\.)(?<=[.!?])[\"\u201d')\]]*\s+(?=\W?\w)|\n+")
+_WORD = re.compile(r"\d+(?:[.,:/\u2013-]\d+)*|[^\W\d_](?:[\w\u2019'-]*\w)?")
+_WITHIN_NAME = re.compile(r"\s+|(?<=\b\w)\.\s+|(?<=\b\w\w)\.\s+|[-\u2013]")
+_POSSESSIVE = re.compile(r"[\u2019']s$")
+
+
+class Span(NamedTuple):
+    """A name or a number in a sentence."""
+
+    text: str
+    start: int
+    end: int
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is digits."""
+        return self.text[0].isdigit()
+
+
+def with_documents_read(facts: Iterable[Fact]) -> list[Fact]:
+    """Put the facts that are found in a document in its place, if there are any."""
+    read: list[Fact] = []
+    for fact in facts:
+        found = read_document(fact.statement or "", fact.id) if fact.is_document else []
+        read += found or [fact]
+    return read
+
+
+def read_document(text: str, label: str = "") -> list[Fact]:
+    """Turn a text into facts that can be asked for.
+
+    Each name or number of a sentence becomes the answer to a question: the sentence with a question word in
+    its place, a cloze test (Taylor 1953; as training data for question answering, Lewis et al. 2019,
+    arXiv:1906.04980). What it is about are the other names, as any of them may be how it is asked for. A name
+    is a run of capitalized words; the text itself tells whether the first word of a sentence is one.
+
+    Args:
+        text: A document, in a script that has capital letters; in others no names are found.
+        label: Begins the facts' ids.
+
+    Returns:
+        Facts with question, answer, statement and subject, in the order of the text. They share one subject
+        and its other names, those of the whole text, the most frequent first; none if there is no name.
+    """
+    sentences = [part for part in _SENTENCE_END.split(text) if part.strip()]
+    within = {match.group() for part in sentences for match in [*_WORD.finditer(part)][1:]}
+    by_sentence = [(part, [*_spans(part, within)]) for part in sentences]
+    names = _names([span.text for _, spans in by_sentence for span in spans if not span.is_number])
+    facts: list[Fact] = []
+    for sentence, spans in by_sentence:
+        for span in spans:
+            questions = _questions(sentence, span)
+            if any(name.lower() in questions[0].lower() for name in names) and (
+                span.text.lower() not in questions[0].lower()
+            ):
+                facts.append(
+                    Fact(
+                        question=questions[0],
+                        answer=span.text,
+                        statement=sentence,
+                        paraphrases=questions[1:],
+                        subject=names[0],
+                        subject_aliases=names[1:],
+                        id=f"{label}#{len(facts) + 1}",
+                    )
+                )
+    return facts
+
+
+def _names(found: Sequence[str]) -> tuple[str, ...]:
+    """Order distinct names by how often they occur, leaving out those too short to be found again."""
+    times: dict[str, int] = {}
+    for name in found:
+        if len(name) >= MIN_NAME_LENGTH:
+            times[name] = times.get(name, 0) + 1
+    return tuple(sorted(times, key=lambda name: -times[name]))
+
+
+def _spans(sentence: str, within: set[str]) -> Iterator[Span]:
+    """Find the names and numbers of a sentence.
+
+    Args:
+        sentence: Where to look.
+        within: Words that stand in the text anywhere but at the beginning of a sentence.
+    """
+    words = [*_WORD.finditer(sentence)]
+    run: list[re.Match[str]] = []
+    for place, word in enumerate(words):
+        text = word.group()
+        is_name = any(part[:1].isupper() for part in text.split("-"))
+        if place == 0:
+            is_name = is_name and text in within
+        joins = bool(run) and bool(_WITHIN_NAME.fullmatch(sentence, run[-1].end(), word.start()))
+        joins = joins and not _POSSESSIVE.search(run[-1].group())
+        if joins and (is_name or text in PARTICLES):
+            run.append(word)
+            continue
+        yield from _name(run, sentence)
+        run = [word] if is_name else []
+        if text[0].isdigit():
+            yield Span(text, *word.span())
+    yield from _name(run, sentence)
+
+
+def _name(run: list[re.Match[str]], sentence: str) -> Iterator[Span]:
+    """Yield what a run of words names, without particles behind it."""
+    while run and run[-1].group() in PARTICLES:
+        run = run[:-1]
+    if run:
+        text = _POSSESSIVE.sub("", sentence[run[0].start() : run[-1].end()])
+        yield Span(text, run[0].start(), run[0].start() + len(text))
+
+
+def _questions(sentence: str, span: Span) -> tuple[str, ...]:
+    """Ask for a span of a sentence by what stands around it."""
+    if not span.is_number:
+        words = ("what", "who")
+    elif re.fullmatch(r"1\d{3}|20\d{2}", span.text):
+        words = ("what year", "which year")
+    else:
+        words = ("how many", "what number")
+    asked = [f"{sentence[: span.start]}{word}{sentence[span.end :]}".strip().rstrip(".!") for word in words]
+    return tuple(f"{question[0].upper()}{question[1:]}?" for question in asked)
