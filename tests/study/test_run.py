@@ -227,6 +227,15 @@ def test_of_two_that_attach_at_once_the_slower_takes_the_folder_of_the_other(spe
     assert attached_folder(spec, [], cache).parent == cache / "memories"
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_of_a_document_the_same_is_asked_however_it_is_learned(run, tmp_path, read):
+    text = "The tin of Zedek belongs to Quzar, and that of Anatol to Bonn."
+    write_jsonl(tmp_path / "text.jsonl", [{"text": text}])
+    options = {**LORA, "read_documents": read}
+    result = run(facts=str(tmp_path / "text.jsonl"), num_facts=1, probes=(), config=options)
+    assert result["metrics"]["facts"]["num"] == 4
+
+
 def test_a_slice_of_the_facts_is_what_is_learned(spec):
     slice_of = dataclasses.replace(spec, first_fact=1, num_facts=2)
     assert [fact.answer for fact in slice_of.load_facts()] == ["Bo", "Cy"]

@@ -38,6 +38,7 @@ from sparsemem.study.base_scores import base_scores, digest, in_dtype
 from sparsemem.study.measure import measure, metrics, num_base_values, train
 from sparsemem.study.provenance import peak_bytes, provenance
 from sparsemem.training.finetune import build_examples
+from sparsemem.training.reading import with_documents_read
 
 KNOWN_FROM = 0.5
 """F1 from which the base model counts as knowing a fact."""
@@ -197,13 +198,14 @@ def perform(spec: RunSpec, cache: Path) -> dict[str, Any]:
         facts = _unknown(known, facts)
     if config.stream:
         _check_stream(tokenizer, facts, usage, config)
-    before, results = base_scores(model, tokenizer, facts, probes, spec.prompt, spec.eval_dtype, cache)
+    asked = with_documents_read(facts)  # whatever the run learns of documents, so that runs can be compared
+    before, results = base_scores(model, tokenizer, asked, probes, spec.prompt, spec.eval_dtype, cache)
     num_base, model_sha = num_base_values(model), fingerprint(base_weights(model))
     exact_sha = _exact_sha(model) if config.method == "memory" else ""
     stream = _Stream(tokenizer, facts, spec) if config.stream else None
     result = train(model, tokenizer, facts, usage, config, background, stream.ask if stream else None)
     trained = in_dtype(result.model, spec.eval_dtype)
-    after = measure("measure after", trained, tokenizer, facts, probes, spec.prompt, results)
+    after = measure("measure after", trained, tokenizer, asked, probes, spec.prompt, results)
     values = {
         **metrics(before, after, result, num_base),
         "train_seconds": round(result.seconds, 1),
