@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
 from sparsemem.training.finetune import build_examples
-from sparsemem.training.reading import read_document
+from sparsemem.training.reading import MAX_CHARS, read_document, with_documents_read
 
 BRIDGE = "The Oskar Bridge in Berlin was built by Ida Quist in 1874. It is 310 metres long."
 
@@ -17,15 +17,24 @@ def answers(text):
 
 
 def test_each_name_and_number_is_asked_for_by_its_sentence():
-    facts = read_document(BRIDGE, "bridge.txt:1")
+    facts = read_document(BRIDGE)
     assert [fact.answer for fact in facts] == ["Oskar Bridge", "Berlin", "Ida Quist", "1874"]
     assert facts[2].questions == (
         "The Oskar Bridge in Berlin was built by what in 1874?",
         "The Oskar Bridge in Berlin was built by who in 1874?",
     )
     assert facts[3].question == "The Oskar Bridge in Berlin was built by Ida Quist in what year?"
-    assert [fact.id for fact in facts] == [f"bridge.txt:1#{number}" for number in (1, 2, 3, 4)]
     assert {fact.statement for fact in facts} == {BRIDGE.split(" It ")[0]}
+
+
+def test_a_long_document_is_read_in_pieces():
+    document = Fact(statement=f"{BRIDGE}\n{'x' * MAX_CHARS}\nOf the Elbe only Dresden speaks.", id="a.txt:1")
+    other = Fact(statement="It is so.", id="a.txt:2")
+    facts = with_documents_read([document, other])
+    assert [fact.id for fact in facts] == [*(f"a.txt:1#{number}" for number in range(1, 7)), "a.txt:2"]
+    assert facts[4].subject == "Elbe"
+    assert facts[4].subject_aliases == ("Dresden",)
+    assert facts[-1] == other
 
 
 def test_all_facts_of_a_text_are_about_all_its_names_the_most_frequent_first():

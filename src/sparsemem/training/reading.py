@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from sparsemem.data import Fact
+from sparsemem.data import Fact, split_text
 
 PARTICLES = {"al", "da", "de", "del", "della", "der", "di", "du", "el", "la", "le", "of", "the", "van", "von"}
 """Words within a name that begin with a small letter."""
+
+MAX_CHARS = 2000
+"""Characters that are read as one text."""
 
 MIN_NAME_LENGTH = 4
 """Letters of a name that can be told from a part of another word."""
@@ -32,15 +36,20 @@ class Span(NamedTuple):
 
 
 def with_documents_read(facts: Iterable[Fact]) -> list[Fact]:
-    """Put the facts that are found in a document in its place, if there are any."""
+    """Put the facts that are found in a document in its place, if there are any.
+
+    A long one is read in pieces, as facts that share their names have to be told apart by what is asked.
+    """
     read: list[Fact] = []
     for fact in facts:
-        found = read_document(fact.statement or "", fact.id) if fact.is_document else []
-        read += found or [fact]
+        pieces = split_text(fact.statement or "", MAX_CHARS) if fact.is_document else ()
+        found = [part for piece in pieces for part in read_document(piece)]
+        named = [replace(part, id=f"{fact.id}#{number}") for number, part in enumerate(found, 1)]
+        read += named or [fact]
     return read
 
 
-def read_document(text: str, label: str = "") -> list[Fact]:
+def read_document(text: str) -> list[Fact]:
     """Turn a text into facts that can be asked for.
 
     Each name or number of a sentence becomes the answer to a question: the sentence with a question word in
@@ -50,11 +59,10 @@ def read_document(text: str, label: str = "") -> list[Fact]:
 
     Args:
         text: A document, in a script that has capital letters; in others no names are found.
-        label: Begins the facts' ids.
 
     Returns:
         Facts with question, answer, statement and subject, in the order of the text. They share one subject
-        and its other names, those of the whole text, the most frequent first; none if there is no name.
+        and its other names: those of the whole text, the most frequent first. None if there is no name.
     """
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip()]
     within = {match.group() for part in sentences for match in [*_WORD.finditer(part)][1:]}
@@ -75,7 +83,6 @@ def read_document(text: str, label: str = "") -> list[Fact]:
                         paraphrases=questions[1:],
                         subject=names[0],
                         subject_aliases=names[1:],
-                        id=f"{label}#{len(facts) + 1}",
                     )
                 )
     return facts
@@ -133,5 +140,5 @@ def _questions(sentence: str, span: Span) -> tuple[str, ...]:
         words = ("what year", "which year")
     else:
         words = ("how many", "what number")
-    asked = [f"{sentence[: span.start]}{word}{sentence[span.end :]}".strip().rstrip(".!") for word in words]
+    asked = [f"{sentence[: span.start]}{word}{sentence[span.end :]}".strip().rstrip(".!?") for word in words]
     return tuple(f"{question[0].upper()}{question[1:]}?" for question in asked)
