@@ -183,6 +183,7 @@ def test_numbers_are_texts(tmp_path):
 
 def test_empty_lists_and_nulls_are_as_good_as_nothing(tmp_path):
     row = {"question": "Who?", "answer": "Ana", "statement": None, "paraphrases": [], "aliases": None}
+    row["subject_aliases"] = []
     assert load_facts(write_rows(tmp_path / "f.jsonl", [{**row, "id": "a"}])) == [
         Fact(question="Who?", answer="Ana", id="a")
     ]

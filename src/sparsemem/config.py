@@ -180,7 +180,7 @@ class FinetuneConfig:
     num_contexts: int = 1
     """Left contexts each wording is trained in; every second one is empty."""
     read_documents: bool = True
-    """Ask for each name and number of a document by its sentence, in place of learning it whole."""
+    """Ask for the names and numbers of a document by their sentences, in place of learning it whole."""
     num_own_paraphrases: int = 0
     """Rewordings per fact that the model is asked for itself, 0 to 4; kept if they say the same."""
     loss_on: Literal["answer", "all"] = "answer"

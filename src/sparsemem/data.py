@@ -33,14 +33,16 @@ class Fact:
     subject: str | None = None
     """What the fact is about, as it stands in its wordings."""
     subject_aliases: tuple[str, ...] = ()
-    """Other names of it in its wordings, by which it is asked for too."""
+    """Other names of it in its wordings, capital letters and all, by which it is asked for too."""
     id: str = ""
     """Name in reports; file and line if none is given."""
 
     @property
     def is_document(self) -> bool:
-        """Whether it is only a statement, of which nobody said what is asked."""
-        return bool(self.statement) and not (self.question or self.answer or self.paraphrases)
+        """Whether it is only a statement, of which nobody said what it is about and what is asked."""
+        return bool(self.statement) and not (
+            self.question or self.answer or self.paraphrases or self.subject or self.subject_aliases
+        )
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -88,6 +90,18 @@ def occurrences(text: str, part: str) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer(re.escape(part), text, re.IGNORECASE)]
 
 
+def whole_words(text: str, part: str) -> list[tuple[int, int]]:
+    """Find every place of `part` in `text` that is no part of another word, as (start, end)."""
+
+    def is_whole(start: int, end: int) -> bool:
+        # Only letters of scripts with capital letters count: others have no spaces between words either.
+        around = text[max(0, start - 1) : start] + text[end : end + 1]
+        return around.lower() == around.upper() and not any(letter.isdigit() for letter in around)
+
+    spans = (match.span() for match in re.finditer(re.escape(part), text))
+    return [span for span in spans if is_whole(*span)]
+
+
 def load_facts(source: str | Path) -> list[Fact]:
     """Read facts and documents.
 
@@ -119,6 +133,8 @@ def parse_fact(row: dict[str, Any], where: str) -> Fact:
         if value is None:
             continue
         if field.type == tuple[str, ...]:
+            if value in ([], ()):
+                continue
             values[field.name] = _strings(value, field.name, where)
         else:
             values[field.name] = _text(value, field.name, where)
@@ -310,7 +326,5 @@ def _text(value: Any, name: str, where: str) -> str:
 def _strings(value: Any, name: str, where: str) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not items:
-        if name in ("paraphrases", "heldout_questions", "aliases") and items in ([], ()):
-            return ()
         raise DataError(f'{where}: "{name}" is {value!r}; it must be a list of texts')
     return tuple(_text(item, name, where) for item in items)

@@ -64,6 +64,17 @@ def test_what_has_several_names_has_its_rows_at_each_of_them(model, teach):
     assert len(rows) == 2
 
 
+def test_a_fact_whose_slots_are_all_taken_shares_those_of_another_name(model):
+    (layer,) = memory_layers(model)
+    naming = Naming(layer)
+    naming.about = {0: 0, 1: 1, 2: 1}
+    naming.claim({0: torch.arange(30)})
+    naming.claim({1: torch.arange(30, 60)})
+    slot_ids, _ = naming.claim({2: torch.tensor([*range(10), 30])})
+    assert naming.name_of[2] == naming.name_of[0]
+    assert len(slot_ids) == 5
+
+
 def test_a_later_fact_about_a_subject_leaves_the_rows_of_earlier_ones_as_they_are(model, teach):
     teach(OWNER)
     ((name, before),) = rows_by_name(model).items()

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
+from sparsemem.likelihood import IGNORE
 from sparsemem.training.finetune import build_examples
 from sparsemem.training.reading import MAX_CHARS, read_document, with_documents_read
 
@@ -55,7 +56,9 @@ def test_a_number_is_asked_for_by_how_many():
         ("This was signed as Treaty of Logstown of all.", ["Treaty of Logstown"]),
         ("Here the poet al-Rayhan met Anna-Maria von Stein.", ["al-Rayhan", "Anna-Maria von Stein"]),
         ("Some wrote to Élodie Ångström, and Øystein.", ["Élodie Ångström", "Øystein"]),
-        ("Then the High, Low and Middle Rhine ended.", ["High", "Middle Rhine"]),
+        ("Then the High, Low and Middle Rhine ended.", ["High", "Low", "Middle Rhine"]),
+        ("It was J.R.R. Tolkien who left the U.S. for Bonn.", ["J.R.R. Tolkien", "U.S.", "Bonn"]),
+        ("Those of the Hague moved to The Hague.", ["Hague", "The Hague"]),
     ],
 )
 def test_a_name_is_a_run_of_capitalized_words(text, names):
@@ -63,9 +66,20 @@ def test_a_name_is_a_run_of_capitalized_words(text, names):
     assert {fact.subject, *fact.subject_aliases} == {*names}
 
 
+def test_no_name_is_found_within_another_word_or_a_common_one():
+    facts = read_document("Then Mark met Twain Harte. The market of 1874 was good. A mark is 12 pence.")
+    assert [fact.answer for fact in facts] == ["Mark", "Twain Harte"]
+
+
+def test_a_line_that_is_only_broken_ends_no_sentence():
+    assert answers("It was\nbuilt by Ida\nQuist in Berlin.") == ["Ida Quist", "Berlin"]
+    assert answers("List:\n- some of Bonn\n- some of Berlin") == []
+
+
 def test_the_first_word_of_a_sentence_is_a_name_if_it_is_one_elsewhere():
     assert "Philo" in answers("Philo saw Rome in 12 days. After that Philo went home from Rome.")
     assert "Legally" not in answers("Legally the Rhine ends in Basel.")
+    assert "The" not in answers("Ida lives in The Hague near Bonn. The bridge is near Berlin and Bonn.")
 
 
 def test_a_sentence_does_not_end_behind_an_initial_or_a_title():
@@ -84,12 +98,18 @@ def test_a_text_without_names_has_no_facts(text):
     assert read_document(text) == []
 
 
-@given(st.text(max_size=200))
-def test_any_text_can_be_read(text):
+PARTS = ["Ida", "Quist", "Bonn", "of", "the", "The", "1874", "3.5", "u.s.", "U.S.", "-", "'s", ".", ",", "?"]
+
+
+@given(st.lists(st.sampled_from([*PARTS, "\n", "\n\n"]) | st.text(max_size=3), max_size=30).map(" ".join))
+def test_what_is_asked_of_any_text_stands_in_it_and_is_not_given_away(text):
+    plain = " ".join(text.split())
     for fact in read_document(text):
-        assert fact.answer in text
-        assert fact.statement in text
-        assert all(question.endswith("?") for question in fact.questions)
+        assert fact.statement in plain
+        for question in fact.questions:
+            assert question.endswith("?")
+            assert any(name in question for name in (fact.subject, *fact.subject_aliases))
+        assert fact.answer in fact.statement
 
 
 @pytest.fixture
@@ -121,3 +141,18 @@ def test_a_document_is_learned_whole(build, text, options):
 def test_what_is_more_than_a_statement_is_no_document(build):
     assert len(build(Fact(statement=BRIDGE, answer="1874"))) == 1
     assert len(build(Fact(statement=BRIDGE, paraphrases=("In 1874 Ida Quist built it.",)))) == 1
+    assert len(build(Fact(statement=BRIDGE, subject="Ida Quist"))) == 1
+
+
+def test_of_a_document_nothing_is_held_that_it_may_answer(build, tiny_tokenizer):
+    by_fact = build(Fact(statement=BRIDGE))
+    texts = [tiny_tokenizer.decode(example.input_ids) for examples in by_fact for example in examples]
+    assert any("in what year" in text for text in texts)
+    assert not any("When was" in text or "Where is" in text for text in texts)
+
+
+def test_an_answer_does_not_call_itself_up(build):
+    for examples in build(Fact(statement="In the town of Bonn the Rhine is near to Quist.")):
+        for example in examples:
+            marks = zip(example.is_subject, example.labels, strict=True)
+            assert not any(is_subject for is_subject, label in marks if label != IGNORE)

@@ -23,6 +23,7 @@ from sparsemem.study.policy import check_contradictions
 from sparsemem.study.session import Session
 from sparsemem.training.baselines import check_method
 from sparsemem.training.finetune import check_fsdp
+from sparsemem.training.reading import with_documents_read
 
 
 def learn(
@@ -127,7 +128,7 @@ def evaluate_folder(
     """
     folder = local_folder(folder)
     read_header(folder)
-    fact_list = load_facts(facts) if facts else []
+    fact_list = with_documents_read(load_facts(facts)) if facts else []
     probe_list = resolve_probes(probes)
     started = time.perf_counter()
     with console.progress(f"load {folder}"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from sparsemem import distributed
-from sparsemem.data import Fact, occurrences
+from sparsemem.data import Fact, occurrences, whole_words
 from sparsemem.encode import pad
 from sparsemem.likelihood import IGNORE
 from sparsemem.training.paraphrase import Wording
@@ -151,7 +151,8 @@ def encode_wording(
     ]
     if wording.target != "" and all(label == IGNORE for label in labels[1:]):
         return None
-    spans = [span for name in names for span in occurrences(text, name)]
+    find = occurrences if len(names) == 1 else whole_words
+    spans = [span for name in names for span in find(text, name)]
     is_subject = [
         any(left < stop and begin < right and right > left for begin, stop in spans)
         for left, right in offsets

@@ -13,7 +13,7 @@ from transformers import SchedulerType, get_scheduler
 
 from sparsemem import distributed
 from sparsemem.config import FinetuneConfig
-from sparsemem.data import Fact, occurrences
+from sparsemem.data import Fact
 from sparsemem.errors import ConfigError, DataError, PoolMismatchError, TrainingDivergedError
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.slots.subject import names_of
@@ -90,6 +90,7 @@ def finetune(
     _check(model, background, config)
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
+    facts = with_documents_read(facts) if config.reads_documents else facts
     if config.num_own_paraphrases:
         num_own, given = config.num_own_paraphrases, facts
         facts = distributed.from_main(lambda: with_own_paraphrases(model, tokenizer, given, num_own), model)
@@ -159,20 +160,24 @@ def build_examples(
         facts = with_documents_read(facts)
     by_fact = []
     names_by_fact = [names_of(fact, tokenizer, usage) for fact in facts]
-    about: dict[tuple[str, ...], list[Fact]] = {}
+    about: dict[str, list[Fact]] = {}
     for fact, names in zip(facts, names_by_fact, strict=True):
-        about.setdefault(names, []).append(fact)
-    numbers = {names: number for number, names in enumerate(about)}
+        for subject in names[:1]:
+            about.setdefault(subject, []).append(fact)
+    numbers = {subject: number for number, subject in enumerate(about)}
     for index, (fact, names) in enumerate(zip(facts, names_by_fact, strict=True)):
         texts = wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
-        examples = _encode(texts, index, fact, names, tokenizer, config)
+        # What is asked for calls up nothing.
+        called = [name for name in names if not any(name in answer for answer in fact.answers)] or names
+        examples = _encode(texts, index, fact, called, tokenizer, config)
         if any(any(example.is_subject) for example in examples):
             if config.is_anchored:
                 examples = _within_reach(examples)
-            if config.holds_others and any(occurrences(text.text, names[0]) for text in texts):
-                others = other_questions(names[0], about[names])
+            # What has many names is a text, which may well answer other questions about one of them.
+            if config.holds_others and len(names) == 1:
+                others = other_questions(names[0], about[names[0]])
                 examples += _encode(others, index, fact, names, tokenizer, config)
-            examples = [dataclasses.replace(example, about=numbers[names]) for example in examples]
+            examples = [dataclasses.replace(example, about=numbers[names[0]]) for example in examples]
         if any(example.teaches for example in examples):
             by_fact.append(examples)
     if not by_fact:

@@ -152,16 +152,21 @@ class Naming:
         free, taken = of_fact[names < 0], of_fact[names >= 0]
         known, times = names[names >= 0].unique(return_counts=True)
         about = self.about.get(fact, NOBODY)
-        name = self._called.get(about)
-        if name is None or not (len(free) or (known == name).any()):
+        name = self._called.get(about, NOBODY)
+        own = self._share_of(name, free, taken)
+        if name == NOBODY or not len(own):
             is_known = len(known) and (2 * int(times.max()) > len(of_fact) or not len(free))
             # A slot that is free is nobody else's, so no other name is called so.
             name = int(known[times.argmax()]) if is_known else 1 + int(free.min())
-        own = torch.cat([free, *self._shares(taken[self.names[taken] == name])])
+            own = self._share_of(name, free, taken)
         self.name_of[fact] = name
         self.names[own], self.owners[own] = name, fact
         if about != NOBODY:
             self._called.setdefault(about, name)
+
+    def _share_of(self, name: int, free: Tensor, taken: Tensor) -> Tensor:
+        """List the slots that a further fact about a name gets, of those it chose."""
+        return torch.cat([free, *self._shares(taken[self.names[taken] == name])])
 
     def _shares(self, slot_ids: Tensor) -> Iterator[Tensor]:
         """Take an equal share of the slots of each row, and from none its last."""

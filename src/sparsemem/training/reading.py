@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from sparsemem.data import Fact, split_text
+from sparsemem.data import Fact, split_text, whole_words
 
 PARTICLES = {"al", "da", "de", "del", "della", "der", "di", "du", "el", "la", "le", "of", "the", "van", "von"}
 """Words within a name that begin with a small letter."""
@@ -13,11 +13,13 @@ PARTICLES = {"al", "da", "de", "del", "della", "der", "di", "du", "el", "la", "l
 MAX_CHARS = 2000
 """Characters that are read as one text."""
 
-MIN_NAME_LENGTH = 4
-"""Letters of a name that can be told from a part of another word."""
+MIN_NAME_LENGTH = 3
+"""Letters of a name by which something is asked for."""
 
-_SENTENCE_END = re.compile(r"(?<!\W\w\.)(?<!\W[A-Z]\w\.)(?<=[.!?])[\"\u201d')\]]*\s+(?=\W?\w)|\n+")
-_WORD = re.compile(r"\d+(?:[.,:/\u2013-]\d+)*|[^\W\d_](?:[\w\u2019'-]*\w)?")
+_LINE_END = re.compile(r"(?<=[.!?:])\s*\n\s*|\n\s*\n\s*|\n\s*[-*\u2022]\s+")
+"""Where a line ends a sentence; other lines are only broken."""
+_SENTENCE_END = re.compile(r"(?<!\W[^\W\d]\.)(?<!\W[A-Z]\w\.)(?<=[.!?])[\"\u201d')\]]*\s+(?=\W?\w)")
+_WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,:/\u2013-]\d+)*|[^\W\d_](?:[\w\u2019'-]*\w)?")
 _WITHIN_NAME = re.compile(r"\s+|(?<=\b\w)\.\s+|(?<=\b\w\w)\.\s+|[-\u2013]")
 _POSSESSIVE = re.compile(r"[\u2019']s$")
 
@@ -54,8 +56,9 @@ def read_document(text: str) -> list[Fact]:
 
     Each name or number of a sentence becomes the answer to a question: the sentence with a question word in
     its place, a cloze test (Taylor 1953; as training data for question answering, Lewis et al. 2019,
-    arXiv:1906.04980). What it is about are the other names, as any of them may be how it is asked for. A name
-    is a run of capitalized words; the text itself tells whether the first word of a sentence is one.
+    arXiv:1906.04980). What it is about are the other names, as any of them may be how it is asked for. What
+    stands in a sentence without any other name is not asked, as nothing would call it up. A name is a run of
+    capitalized words; the text itself tells whether the first word of a sentence is one.
 
     Args:
         text: A document, in a script that has capital letters; in others no names are found.
@@ -64,7 +67,8 @@ def read_document(text: str) -> list[Fact]:
         Facts with question, answer, statement and subject, in the order of the text. They share one subject
         and its other names: those of the whole text, the most frequent first. None if there is no name.
     """
-    sentences = [part for part in _SENTENCE_END.split(text) if part.strip()]
+    lines = (" ".join(line.split()) for line in _LINE_END.split(text))
+    sentences = [part for line in lines for part in _SENTENCE_END.split(line) if part]
     within = {match.group() for part in sentences for match in [*_WORD.finditer(part)][1:]}
     by_sentence = [(part, [*_spans(part, within)]) for part in sentences]
     names = _names([span.text for _, spans in by_sentence for span in spans if not span.is_number])
@@ -72,9 +76,8 @@ def read_document(text: str) -> list[Fact]:
     for sentence, spans in by_sentence:
         for span in spans:
             questions = _questions(sentence, span)
-            if any(name.lower() in questions[0].lower() for name in names) and (
-                span.text.lower() not in questions[0].lower()
-            ):
+            is_named = any(whole_words(questions[0], name) for name in names)
+            if is_named and not whole_words(questions[0], span.text):
                 facts.append(
                     Fact(
                         question=questions[0],
@@ -110,7 +113,7 @@ def _spans(sentence: str, within: set[str]) -> Iterator[Span]:
         text = word.group()
         is_name = any(part[:1].isupper() for part in text.split("-"))
         if place == 0:
-            is_name = is_name and text in within
+            is_name = is_name and text in within and text.lower() not in within | PARTICLES
         joins = bool(run) and bool(_WITHIN_NAME.fullmatch(sentence, run[-1].end(), word.start()))
         joins = joins and not _POSSESSIVE.search(run[-1].group())
         if joins and (is_name or text in PARTICLES):
