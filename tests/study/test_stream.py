@@ -204,6 +204,18 @@ def test_earlier_facts_are_asked_again_and_taught_again_when_they_fade(folder, c
     assert sampled[0]["earlier"]["num"] == 1
 
 
+def test_of_a_document_what_was_read_in_it_is_asked_again(folder, config, tmp_path):
+    path = tmp_path / "grows.txt"
+    path.write_text("The tin of Zedek belongs to Quzar, and that of Anatol to Bonn.\n", encoding="utf-8")
+    policy, reports = Policy(retest=-1, refresh_below=1.0), []
+    stream(folder, str(path), probes=[], config=config, policy=policy)
+    for line in ("Ida went to Rome.\n", "Quist went to Oslo.\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        stream(folder, str(path), probes=[], config=config, policy=policy, on_update=reports.append)
+    assert [report["earlier"]["num"] for report in reports] == [4, 4]
+
+
 def _one_more(source):
     return write(Path(source), [row("New")], "a")
 

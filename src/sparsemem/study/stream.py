@@ -19,6 +19,7 @@ from sparsemem.study.policy import Policy, contradictions, softened
 from sparsemem.study.session import Attempt, Session
 from sparsemem.study.sources import facts_from
 from sparsemem.study.timeline import first_scores
+from sparsemem.training.reading import with_documents_read
 
 
 def stream(
@@ -228,9 +229,11 @@ class _Learner:
 
     def _drawn(self, taught: Sequence[FactRow]) -> list[Fact]:
         """Draw earlier facts to be asked again."""
-        askable = [row for row in taught if row.get("question")]
+        readable = with_documents_read(_fact(row) for row in taught if fact_text(row))
+        # What of a document was taught again stands in the history beside it.
+        askable = [*{(fact.question, fact.answer): fact for fact in readable if fact.question}.values()]
         num = len(askable) if self.policy.retest < 0 else min(self.policy.retest, len(askable))
-        return [_fact(row) for row in self.rng.sample(askable, num)]
+        return self.rng.sample(askable, num)
 
 
 def _ever_seen(store: DeltaStore) -> set[str]:
