@@ -2,7 +2,7 @@
 
     python experiments/prepare.py
     python experiments/stream/run.py memory                          # 10 updates of 16 facts, 20 minutes
-    python experiments/stream/run.py lora --learning-rate 1e-3
+    python experiments/stream/run.py lora --learning-rate 5e-4
     python experiments/stream/run.py full --learning-rate 1e-4
     python experiments/stream/run.py --plot                          # matrix.png, from results/*.json
 
