@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from sparsemem.slots.subject import MAX_WORDS, find_subject
+from sparsemem.data import Fact
+from sparsemem.slots.subject import MAX_WORDS, find_subject, names_of
 from sparsemem.slots.usage import Usage
 
 
 @pytest.fixture
-def find(tiny_tokenizer, texts):
-    """`find_subject` with the usage of the background texts and of some question words."""
+def usage(tiny_tokenizer, texts):
+    """Usage of the background texts and of some question words."""
     documents = [
         *texts,
         *["Where was the born? Who is it? What did he invent? The river is in the town."] * 40,
@@ -15,7 +16,11 @@ def find(tiny_tokenizer, texts):
     frequency = torch.zeros(300, dtype=torch.int64)
     for document in documents:
         frequency[list(set(tiny_tokenizer(document)["input_ids"]))] += 1
-    usage = Usage({}, frequency, len(documents), 0, "")
+    return Usage({}, frequency, len(documents), 0, "")
+
+
+@pytest.fixture
+def find(tiny_tokenizer, usage):
     return lambda wordings, answers=(): find_subject(wordings, answers, tiny_tokenizer, usage)
 
 
@@ -101,3 +106,24 @@ def test_spans_have_at_most_six_words(find):
     assert found is not None
     assert len(found.split()) == MAX_WORDS
     assert found in name
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"subject": "Quz", "subject_aliases": ("Q",)}, ("Quz", "Q")),
+        ({"subject_aliases": ("Q",)}, ("Zyqvex", "Q")),
+        ({}, ("Zyqvex",)),
+        ({"subject": ""}, ()),
+    ],
+)
+def test_a_fact_is_called_as_it_says_or_as_is_found(tiny_tokenizer, usage, given, names):
+    assert (
+        names_of(Fact(question="Where was Zyqvex born?", answer="Oslo", **given), tiny_tokenizer, usage)
+        == names
+    )
+
+
+def test_nothing_is_found_in_a_document_or_without_usage(tiny_tokenizer, usage):
+    assert names_of(Fact(statement="Where was Zyqvex born"), tiny_tokenizer, usage) == ()
+    assert names_of(Fact(question="Where was Zyqvex born?", answer="Oslo"), tiny_tokenizer, None) == ()

@@ -19,12 +19,10 @@ def names_of(fact: Fact, tokenizer: Any, usage: Usage | None) -> tuple[str, ...]
         tokenizer: Tokenizer of the model.
         usage: Background usage, without which nothing is found.
     """
-    if fact.subject is not None:
-        return (fact.subject, *fact.subject_aliases)
-    if usage is None or not fact.answer:
-        return fact.subject_aliases
-    found = find_subject((*fact.questions, *fact.statements), fact.answers, tokenizer, usage)
-    return (found, *fact.subject_aliases) if found else fact.subject_aliases
+    subject = fact.subject
+    if subject is None and usage is not None and fact.answer:
+        subject = find_subject((*fact.questions, *fact.statements), fact.answers, tokenizer, usage)
+    return tuple(name for name in (subject, *fact.subject_aliases) if name)
 
 
 def find_subject(wordings: Sequence[str], answers: Sequence[str], tokenizer: Any, usage: Usage) -> str | None:
