@@ -118,10 +118,8 @@ def test_spans_have_at_most_six_words(find):
     ],
 )
 def test_a_fact_is_called_as_it_says_or_as_is_found(tiny_tokenizer, usage, given, names):
-    assert (
-        names_of(Fact(question="Where was Zyqvex born?", answer="Oslo", **given), tiny_tokenizer, usage)
-        == names
-    )
+    fact = Fact(question="Where was Zyqvex born?", answer="Oslo", **given)
+    assert names_of(fact, tiny_tokenizer, usage) == names
 
 
 def test_nothing_is_found_in_a_document_or_without_usage(tiny_tokenizer, usage):

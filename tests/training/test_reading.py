@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import pytest
@@ -7,8 +8,8 @@ from hypothesis import strategies as st
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
 from sparsemem.likelihood import IGNORE
-from sparsemem.training.finetune import build_examples
-from sparsemem.training.reading import MAX_CHARS, read_document, with_documents_read
+from sparsemem.training.finetune import build_examples, finetune
+from sparsemem.training.reading import MAX_CHARS, facts_to_learn, read_document, with_documents_read
 
 BRIDGE = "The Oskar Bridge in Berlin was built by Ida Quist in 1874. It is 310 metres long."
 
@@ -116,7 +117,7 @@ def test_what_is_asked_of_any_text_stands_in_it_and_is_not_given_away(text):
 def build(tiny_tokenizer):
     def build(fact, **options):
         config = FinetuneConfig(**options)
-        return build_examples([fact], tiny_tokenizer, None, config, random.Random(0))
+        return build_examples(facts_to_learn([fact], config), tiny_tokenizer, None, config, random.Random(0))
 
     return build
 
@@ -126,6 +127,12 @@ def test_a_document_is_learned_as_the_facts_in_it(build):
     assert len(by_fact) == 4
     assert {example.about for examples in by_fact for example in examples} == {0}
     assert [examples[0].fact_index for examples in by_fact] == [0, 1, 2, 3]
+
+
+def test_finetune_reads_documents(attached, tiny_tokenizer, usage, config):
+    config = dataclasses.replace(config, facts_per_batch=1, num_epochs=1)
+    document = Fact(statement=BRIDGE)
+    assert len(finetune(attached, tiny_tokenizer, [document], usage, config).losses) == 4
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from sparsemem.store.history import DeltaStore
 from sparsemem.study.explain import known_facts
 from sparsemem.training.examples import Batch, collate_passes
 from sparsemem.training.finetune import build_examples
+from sparsemem.training.reading import facts_to_learn
 
 
 def grow_folder(
@@ -92,7 +93,8 @@ def _versions(store: DeltaStore) -> list[str | None]:
 def _name_states(model: Any, tokenizer: Any, usage: Usage, facts: Sequence[Fact]) -> dict[int, Tensor]:
     """Collect what each memory layer sees at the names of facts, in the wordings they are trained in."""
     config = FinetuneConfig()
-    by_fact = build_examples(facts, tokenizer, usage, config, random.Random(config.seed))
+    learned = facts_to_learn(facts, config)
+    by_fact = build_examples(learned, tokenizer, usage, config, random.Random(config.seed))
     examples = [example for of_fact in by_fact for example in of_fact if any(example.is_subject)]
     seen: dict[int, list[Tensor]] = {layer.block_index: [] for layer in memory_layers(model)}
     device = next(model.parameters()).device

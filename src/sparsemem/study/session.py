@@ -24,7 +24,7 @@ from sparsemem.store.load import load
 from sparsemem.study.measure import measure, metrics, num_base_values, train
 from sparsemem.study.provenance import versions
 from sparsemem.training.finetune import FinetuneResult
-from sparsemem.training.reading import with_documents_read
+from sparsemem.training.reading import facts_to_learn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Session:
             prompt: How questions are asked.
             earlier: Facts taught before, to be asked again.
         """
-        told = with_documents_read(facts) if config.reads_documents else facts
+        told = facts_to_learn(facts, config)
         known = self._probes_now
         asked = [probe for probe in probes if probe.name not in known]
         results = self._results if config.method == "memory" else None

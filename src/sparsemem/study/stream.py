@@ -229,6 +229,8 @@ class _Learner:
 
     def _drawn(self, taught: Sequence[FactRow]) -> list[Fact]:
         """Draw earlier facts to be asked again."""
+        if not self.policy.retest:
+            return []
         readable = with_documents_read(_fact(row) for row in taught if fact_text(row))
         # What of a document was taught again stands in the history beside it.
         askable = [*{(fact.question, fact.answer): fact for fact in readable if fact.question}.values()]

@@ -17,8 +17,6 @@ from sparsemem.training.paraphrase import Wording
 
 Length = Callable[["Example"], int]
 """Says how many tokens of an example a pass runs."""
-NOBODY = -1
-"""Number of what a fact is about that has no subject."""
 EXAMPLES_PER_PASS = 32
 """At most so many examples are in one pass that computes no gradients."""
 
@@ -31,8 +29,8 @@ class Example:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     is_subject: tuple[bool, ...]
-    about: int = NOBODY
-    """Number of what the fact is about, the same for all facts about it."""
+    about: int | None = None
+    """Number of its fact's subject, if it has one: the same for all facts about it."""
 
     @property
     def num_labels(self) -> int:

@@ -23,7 +23,7 @@ from sparsemem.training.examples import Example, FactBatch, encode_wording
 from sparsemem.training.methods import SparseMemory
 from sparsemem.training.paraphrase import Wording, other_questions, with_own_paraphrases, wordings
 from sparsemem.training.penalties import check_guards
-from sparsemem.training.reading import with_documents_read
+from sparsemem.training.reading import facts_to_learn
 from sparsemem.training.step import GradientStep
 
 
@@ -90,7 +90,7 @@ def finetune(
     _check(model, background, config)
     rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
-    facts = with_documents_read(facts) if config.reads_documents else facts
+    facts = facts_to_learn(facts, config)
     if config.num_own_paraphrases:
         num_own, given = config.num_own_paraphrases, facts
         facts = distributed.from_main(lambda: with_own_paraphrases(model, tokenizer, given, num_own), model)
@@ -156,8 +156,6 @@ def build_examples(
     Raises:
         DataError: That is all of them.
     """
-    if config.reads_documents:
-        facts = with_documents_read(facts)
     by_fact = []
     names_by_fact = [names_of(fact, tokenizer, usage) for fact in facts]
     about: dict[str, list[Fact]] = {}

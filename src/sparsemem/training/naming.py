@@ -65,7 +65,7 @@ class Naming:
         self.owners = torch.where(places == IN_BASE, NOBODY, NOBODY - 1 - places)
         self.names = self.pool.groups(torch.arange(self.pool.num_slots, device=places.device))
         self.name_of: dict[int, int] = {}
-        self.about: dict[int, int] = {}
+        self.about: dict[int, int | None] = {}
         """Number of what each fact is about, if it is known; facts about the same get one name."""
         self._called: dict[int, int] = {}
         self._asked: list[Asked] = []
@@ -139,11 +139,12 @@ class Naming:
         # As far above what an earlier row scores as above nothing: it may answer the same question, and
         # then where that is asked the new row is not to be silent.
         rival_P = earlier_PR.amax(dim=1) if len(earlier_RK) else earlier_PR.new_tensor(NOTHING_ASKED)
-        alone_P = torch.where(asked.begins > 0, ASKED, GOES_ON)
+        begins_P = asked.begins > 0
+        alone_P = torch.where(begins_P, ASKED, GOES_ON)
         scores_P1 = (alone_P + (rival_P - NOTHING_ASKED).clamp(min=0)).unsqueeze(1)
         mean_FR = own_PF.float().T @ earlier_PR / own_PF.sum(dim=0).unsqueeze(1)
         silent_RK = earlier_RK[(mean_FR < NOTHING_ASKED).all(dim=0)]
-        weights_P = torch.where(asked.begins > 0, BEGINNING, 1.0)
+        weights_P = torch.where(begins_P, BEGINNING, 1.0)
         return solve_keys(asked.queries, own_PF * scores_P1, weights_P, silent_RK)
 
     def _name(self, fact: int, of_fact: Tensor) -> None:
@@ -151,8 +152,8 @@ class Naming:
         names = self.names[of_fact]
         free, taken = of_fact[names < 0], of_fact[names >= 0]
         known, times = names[names >= 0].unique(return_counts=True)
-        about = self.about.get(fact, NOBODY)
-        name = self._called.get(about, NOBODY)
+        about = self.about.get(fact)
+        name = NOBODY if about is None else self._called.get(about, NOBODY)
         own = self._share_of(name, free, taken)
         if name == NOBODY or not len(own):
             is_known = len(known) and (2 * int(times.max()) > len(of_fact) or not len(free))
@@ -161,7 +162,7 @@ class Naming:
             own = self._share_of(name, free, taken)
         self.name_of[fact] = name
         self.names[own], self.owners[own] = name, fact
-        if about != NOBODY:
+        if about is not None:
             self._called.setdefault(about, name)
 
     def _share_of(self, name: int, free: Tensor, taken: Tensor) -> Tensor:

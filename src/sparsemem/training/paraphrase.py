@@ -155,8 +155,9 @@ def with_own_paraphrases(model: Any, tokenizer: Any, facts: Sequence[Fact], num:
         if fact.statement and fact.answer:
             for request in REQUESTS[:num]:
                 text = _reply(model, tokenizer, request.format(statement=fact.statement))
-                is_named = fact.subject and occurrences(fact.statement, fact.subject)
-                needed = [fact.answer, *([fact.subject] if fact.subject and is_named else [])]
+                needed = [fact.answer]
+                if fact.subject and occurrences(fact.statement, fact.subject):
+                    needed.append(fact.subject)
                 known = (fact.statement, *fact.paraphrases, *kept)
                 if (
                     text not in known

@@ -1,10 +1,12 @@
 """What a text says, as facts: each of its names and numbers, asked for by the sentence it stands in."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact, split_text, whole_words
 
 PARTICLES = {"al", "da", "de", "del", "della", "der", "di", "du", "el", "la", "le", "of", "the", "van", "von"}
@@ -32,9 +34,14 @@ class Span(NamedTuple):
     end: int
 
     @property
-    def is_number(self) -> bool:
-        """Whether it is digits."""
-        return self.text[0].isdigit()
+    def is_name(self) -> bool:
+        """Whether it is no number."""
+        return not self.text[0].isdigit()
+
+
+def facts_to_learn(facts: Sequence[Fact], config: FinetuneConfig) -> Sequence[Fact]:
+    """Read the documents among some facts, if they are to be learned so."""
+    return with_documents_read(facts) if config.reads_documents else facts
 
 
 def with_documents_read(facts: Iterable[Fact]) -> list[Fact]:
@@ -69,35 +76,26 @@ def read_document(text: str) -> list[Fact]:
     """
     lines = (" ".join(line.split()) for line in _LINE_END.split(text))
     sentences = [part for line in lines for part in _SENTENCE_END.split(line) if part]
-    within = {match.group() for part in sentences for match in [*_WORD.finditer(part)][1:]}
-    by_sentence = [(part, [*_spans(part, within)]) for part in sentences]
-    names = _names([span.text for _, spans in by_sentence for span in spans if not span.is_number])
+    within = PARTICLES.union(match.group() for part in sentences for match in [*_WORD.finditer(part)][1:])
+    found = [(part, span) for part in sentences for span in _spans(part, within)]
+    times = Counter(span.text for _, span in found if span.is_name and len(span.text) >= MIN_NAME_LENGTH)
+    names = tuple(name for name, _ in times.most_common())
     facts: list[Fact] = []
-    for sentence, spans in by_sentence:
-        for span in spans:
-            questions = _questions(sentence, span)
-            is_named = any(whole_words(questions[0], name) for name in names)
-            if is_named and not whole_words(questions[0], span.text):
-                facts.append(
-                    Fact(
-                        question=questions[0],
-                        answer=span.text,
-                        statement=sentence,
-                        paraphrases=questions[1:],
-                        subject=names[0],
-                        subject_aliases=names[1:],
-                    )
+    for sentence, span in found:
+        questions = _questions(sentence, span)
+        is_named = any(whole_words(questions[0], name) for name in names)
+        if is_named and not whole_words(questions[0], span.text):
+            facts.append(
+                Fact(
+                    question=questions[0],
+                    answer=span.text,
+                    statement=sentence,
+                    paraphrases=questions[1:],
+                    subject=names[0],
+                    subject_aliases=names[1:],
                 )
+            )
     return facts
-
-
-def _names(found: Sequence[str]) -> tuple[str, ...]:
-    """Order distinct names by how often they occur, leaving out those too short to be found again."""
-    times: dict[str, int] = {}
-    for name in found:
-        if len(name) >= MIN_NAME_LENGTH:
-            times[name] = times.get(name, 0) + 1
-    return tuple(sorted(times, key=lambda name: -times[name]))
 
 
 def _spans(sentence: str, within: set[str]) -> Iterator[Span]:
@@ -105,7 +103,7 @@ def _spans(sentence: str, within: set[str]) -> Iterator[Span]:
 
     Args:
         sentence: Where to look.
-        within: Words that stand in the text anywhere but at the beginning of a sentence.
+        within: Words that stand in the text anywhere but at the beginning of a sentence, and particles.
     """
     words = [*_WORD.finditer(sentence)]
     run: list[re.Match[str]] = []
@@ -113,10 +111,9 @@ def _spans(sentence: str, within: set[str]) -> Iterator[Span]:
         text = word.group()
         is_name = any(part[:1].isupper() for part in text.split("-"))
         if place == 0:
-            is_name = is_name and text in within and text.lower() not in within | PARTICLES
-        joins = bool(run) and bool(_WITHIN_NAME.fullmatch(sentence, run[-1].end(), word.start()))
-        joins = joins and not _POSSESSIVE.search(run[-1].group())
-        if joins and (is_name or text in PARTICLES):
+            is_name = is_name and text in within and text.lower() not in within
+        may_join = bool(run) and (is_name or text in PARTICLES) and not _POSSESSIVE.search(run[-1].group())
+        if may_join and _WITHIN_NAME.fullmatch(sentence, run[-1].end(), word.start()):
             run.append(word)
             continue
         yield from _name(run, sentence)
@@ -137,7 +134,7 @@ def _name(run: list[re.Match[str]], sentence: str) -> Iterator[Span]:
 
 def _questions(sentence: str, span: Span) -> tuple[str, ...]:
     """Ask for a span of a sentence by what stands around it."""
-    if not span.is_number:
+    if span.is_name:
         words = ("what", "who")
     elif re.fullmatch(r"1\d{3}|20\d{2}", span.text):
         words = ("what year", "which year")
