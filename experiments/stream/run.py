@@ -67,7 +67,7 @@ def main() -> None:
     if args.plot:
         return plot(args.out)
     data = args.data_dir
-    files = [data / "trivia.jsonl", data / "trivia_stream.jsonl", demo_facts_path(), data / "tofu.jsonl"]
+    files = [data / "trivia_stream.jsonl", demo_facts_path(), data / "tofu.jsonl"]
     rate = f".learning_rate-{args.learning_rate:g}" if args.learning_rate else ""
     name = f"{args.method}{rate}.{args.updates}x{args.facts}.seed-{args.seed}"
     result = run(
@@ -82,7 +82,7 @@ def main() -> None:
 
 def batches_of(args: argparse.Namespace, sets: list[Facts]) -> list[Facts]:
     """Cut real and invented facts into updates."""
-    real, invented = iter([*sets[0], *sets[1]]), iter([*sets[2], *sets[3]])
+    real, invented = iter(sets[0]), iter([*sets[1], *sets[2]])
     return [
         [next(invented if (number + 1) % EVERY_FICTIONAL == 0 else real) for _ in range(args.facts)]
         for number in range(args.updates)
