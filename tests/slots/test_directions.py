@@ -9,7 +9,7 @@ from sparsemem.config import MemoryConfig
 from sparsemem.errors import PoolMismatchError
 from sparsemem.likelihood import label_log_probs
 from sparsemem.memory.attach import attach_memory, before_read, memory_layers, pools
-from sparsemem.slots.directions import MAX_LENGTH, NUM_DOCUMENTS, fisher_directions
+from sparsemem.slots.directions import MAX_LENGTH, NUM_DOCUMENTS, STEP, fisher_directions
 from sparsemem.slots.usage import count_usage, load_usage, save_usage
 
 MEMORY = {"num_keys": 8, "num_heads": 2, "top_k": 4, "query_dim": 4, "relation_dim": 0}
@@ -28,7 +28,7 @@ def documents(texts, tiny_tokenizer):
 
 
 def slow_moments(model, documents):
-    """Gradients by what each layer puts out, one document at a time, through what it reads by hand."""
+    """Mean moments of gradients by rows, one document at a time, through what each layer reads by hand."""
     moments = {}
     first, *others = memory_layers(model)
     for document in documents:
@@ -60,7 +60,8 @@ def slow_moments(model, documents):
             for token in leaf.grad[0, 1:]:
                 moment = moments.setdefault(layer.pool_name, torch.zeros(len(token), len(token)))
                 moment += torch.outer(token, token)
-    return moments
+    num_tokens = sum(len(document[:MAX_LENGTH]) - 1 for document in documents)
+    return {name: moment / num_tokens for name, moment in moments.items()}
 
 
 @pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
@@ -72,11 +73,24 @@ def test_directions_are_the_eigenvectors_of_the_gradients_of_single_documents(ti
     moments = slow_moments(model, documents)
     assert directions.keys() == moments.keys() == pools(model).keys()
     for name, axes in directions.items():
-        torch.testing.assert_close(axes.T @ axes, torch.eye(len(axes)), rtol=0, atol=1e-5)
+        products = axes.T @ axes
+        torch.testing.assert_close(products / products[0, 0], torch.eye(len(axes)), rtol=0, atol=1e-5)
         turned = axes.T @ moments[name] @ axes
         assert moments[name].diagonal().max() > 0
         off_diagonal = turned - turned.diagonal().diag()
         assert off_diagonal.abs().max() < 1e-4 * turned.diagonal().max()
+
+
+@pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("scale", [0.5, 40.0])
+def test_a_step_along_all_directions_changes_predictions_by_so_much(tiny_model, documents, options, scale):
+    model = attach_memory(tiny_model, MemoryConfig(**(MEMORY | options)))
+    for layer in memory_layers(model):
+        layer.value_scale.fill_(scale)
+    moments = slow_moments(model, documents)
+    for name, axes in fisher_directions(model, documents).items():
+        sizes = (axes.T @ moments[name] @ axes).diagonal().clamp(min=0).sqrt()
+        assert sizes.sum().item() == pytest.approx(STEP, rel=1e-3)
 
 
 def test_the_model_is_left_as_it_was(tiny_model, documents):

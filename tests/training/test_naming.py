@@ -10,8 +10,9 @@ from sparsemem.data import Fact
 from sparsemem.memory.attach import attach_memory, memory_layers, pools
 from sparsemem.prompts import qa_prompt
 from sparsemem.slots.usage import count_usage
+from sparsemem.training import naming as naming_module
 from sparsemem.training.finetune import finetune
-from sparsemem.training.naming import RIDGE, Asked, Naming, solve_keys
+from sparsemem.training.naming import BEGINS, GOES_ON, OVER, RIDGE, Asked, Naming, solve_keys
 
 from .conftest import USAGE_OPTIONS
 
@@ -75,6 +76,13 @@ def test_a_fact_whose_slots_are_all_taken_shares_those_of_another_name(model):
     assert len(slot_ids) == 5
 
 
+@pytest.fixture
+def told_apart(monkeypatch):
+    """Of a random model, whose states tell no two questions apart, none is taken for another."""
+    monkeypatch.setattr(naming_module, "SAME", float("inf"))
+
+
+@pytest.mark.usefixtures("told_apart")
 def test_a_later_fact_about_a_subject_leaves_the_rows_of_earlier_ones_as_they_are(model, teach):
     teach(OWNER)
     ((name, before),) = rows_by_name(model).items()
@@ -85,6 +93,7 @@ def test_a_later_fact_about_a_subject_leaves_the_rows_of_earlier_ones_as_they_ar
     assert any(torch.equal(row, before[0]) for row in after)
 
 
+@pytest.mark.usefixtures("told_apart")
 def test_taking_back_a_later_fact_gives_its_slots_back(model, teach):
     teach(OWNER)
     (pool,) = pools(model).values()
@@ -120,11 +129,11 @@ def scores_where_answers_begin(model, tokenizer, facts):
 def test_facts_of_one_name_are_told_apart_by_what_they_are_asked_by(model):
     # Made up, as the states of a random model tell no two questions apart.
     queries = normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    facts, begins = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    facts, where = torch.tensor([0, 0, 1, 1]), torch.tensor([BEGINS, GOES_ON] * 2)
     (layer,) = memory_layers(model)
     naming = Naming(layer)
     naming.name_of = {0: 3, 1: 3}
-    naming._asked.append(Asked(queries, facts, begins))
+    naming._asked.append(Asked(queries, facts, where))
     naming.solve()
     scores = queries @ torch.stack([naming._keys[0], naming._keys[1]]).T
     own, other = scores.gather(1, facts.unsqueeze(1)), scores.gather(1, 1 - facts.unsqueeze(1))
@@ -138,16 +147,17 @@ def test_a_long_answer_does_not_drown_the_beginning_of_another(model):
     begins = normalize(first + second, dim=0)
     long = normalize(second + 0.3 * torch.randn(50, 6, generator=generator), dim=1)
     queries = torch.cat([begins.expand(2, -1), first.expand(3, -1), long])
-    facts, begin = torch.tensor([0] * 5 + [1] * 50), torch.tensor([1.0] * 2 + [0.0] * 53)
+    facts, where = torch.tensor([0] * 5 + [1] * 50), torch.tensor([BEGINS] * 2 + [GOES_ON] * 53)
     (layer,) = memory_layers(model)
     naming = Naming(layer)
     naming.name_of = {0: 3, 1: 3}
-    naming._asked.append(Asked(queries, facts, begin))
+    naming._asked.append(Asked(queries, facts, where))
     naming.solve()
     assert begins @ naming._keys[0] > begins @ naming._keys[1] + 4
 
 
-def test_of_two_answers_to_one_question_the_later_is_asked_for(model, tiny_tokenizer, teach):
+@pytest.mark.usefixtures("told_apart")
+def test_a_later_row_scores_more_than_an_earlier_one_where_both_are_asked_for(model, tiny_tokenizer, teach):
     teach(OWNER)
     (earlier,) = rows_by_name(model).values()
     teach(dataclasses.replace(OWNER, answer="Bo"))
@@ -157,6 +167,68 @@ def test_of_two_answers_to_one_question_the_later_is_asked_for(model, tiny_token
     (scores,) = scores_where_answers_begin(model, tiny_tokenizer, [OWNER])
     later, before = scores[~is_earlier].item(), scores[is_earlier].item()
     assert later > before + 5
+
+
+def test_another_answer_to_the_same_question_takes_the_place_of_the_first(model, teach):
+    (pool,) = pools(model).values()
+    teach(OWNER)
+    before = pool.written()
+    delta = teach(dataclasses.replace(OWNER, answer="Bo"))
+    ((_, rows),) = rows_by_name(model).items()
+    assert len(rows) == 1
+    assert not torch.equal(rows[0], before[1][0])
+    assert torch.isin(before[0], pool.written()[0]).all()
+    delta.invert().apply(pools(model))
+    assert all(torch.equal(found, kept) for found, kept in zip(pool.written(), before, strict=True))
+
+
+def test_where_an_answer_is_over_its_row_is_not_asked_for(model):
+    begins, goes_on, over = normalize(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    over = normalize(over + 2 * goes_on, dim=0)
+    (layer,) = memory_layers(model)
+    naming = Naming(layer)
+    naming.name_of = {0: 3}
+    where = torch.tensor([BEGINS, GOES_ON, OVER])
+    naming._asked.append(Asked(torch.stack([begins, goes_on, over]), torch.zeros(3).long(), where))
+    naming.solve()
+    key = naming._keys[0]
+    assert begins @ key > 25
+    assert goes_on @ key > 15
+    assert over @ key < 5
+
+
+@pytest.mark.parametrize("fact", [OWNER, Fact(statement="Ana owns Zed, and Bo knows Zed.", answer="Bo")])
+def test_the_last_token_of_an_answer_is_where_it_is_over(model, tiny_tokenizer, usage, fact, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Naming, "solve", lambda self: seen.extend(self._asked))
+    config = FinetuneConfig(num_epochs=1, top_t=64)
+    finetune(model, tiny_tokenizer, [dataclasses.replace(fact, subject="Zed")], usage, config)
+    where = torch.cat([asked.where for asked in seen])
+    assert (where == OVER).sum() == (where == BEGINS).sum() > 0
+
+
+def test_what_takes_the_place_of_a_row_takes_nothing_from_others_of_its_name(model):
+    # Made up, as the states of a random model tell no two questions apart.
+    (layer,) = memory_layers(model)
+    first, second = normalize(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+
+    def claimed(*queries):
+        naming = Naming(layer)
+        for fact, query in enumerate(queries):
+            naming.claim({fact: torch.arange(30)})
+            naming._asked.append(Asked(query.expand(4, -1), torch.full((4,), fact), torch.full((4,), BEGINS)))
+        naming.solve()
+        return naming
+
+    naming = claimed(first, second)
+    rows = torch.zeros(2, layer.pool.value_dim)
+    rows[:, 0], rows[:, 1:7] = naming.name_of[0], torch.stack([naming._keys[0], naming._keys[1]])
+    layer.pool.write(torch.arange(30), rows, naming.owners[:30])
+
+    again = claimed(second)
+    slot_ids, _ = again.claim({0: torch.arange(30)})
+    assert torch.equal(slot_ids, (naming.owners == 1).nonzero().squeeze(1))
+    assert second @ again._keys[0] < 33
 
 
 @pytest.mark.parametrize("num_positions", [4, 30])

@@ -19,7 +19,7 @@ Placement = Literal["add", "replace"]
 
 NOTHING_ASKED = 9.0
 """What nothing scores where rows of a name are chosen among. A key is such that a state that asks for its row
-scores `training.naming.ASKED`."""
+scores `training.naming.SCORES`."""
 
 FADES_IN = 12
 """Tokens after which a name that was read scores 1 less. A text that is about something else by then may ask

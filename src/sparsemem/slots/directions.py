@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from sparsemem.encode import length_batches
 from sparsemem.likelihood import IGNORE, label_log_probs
 from sparsemem.memory.attach import before_read, memory_layers, pools
+from sparsemem.memory.layer import MemoryLayer
 
 NUM_DOCUMENTS, MAX_LENGTH = 64, 64
 """How many documents are used, and how many tokens of each."""
+STEP = 43.0
+"""Nats by which a token of ordinary text comes out likelier, at most and in the mean, where a row is read
+that is as long as each direction: those of SmolLM2-135M, for which the default learning rate was chosen."""
 TOKENS_PER_PASS = 256
 """Each needs logits over the whole vocabulary, and their gradient."""
 
@@ -30,19 +34,23 @@ def fisher_directions(
     depends on the coordinates. In these the gradients of ordinary text are uncorrelated. Vyas et al. 2024
     (arXiv:2409.11321) take the gradients of the training itself, of which a few facts have too few.
 
+    Their length is such that one learning rate suits every model: a step of Adam, which goes as far in each
+    of them, changes predictions by no more than so much. How large hidden states are does not say how far a
+    model is to be moved: of Gemma 3 270M nearly all of it is one number of 640.
+
     Args:
         model: A model with a memory; nothing of it is changed.
         documents: Token ids of background texts; `MAX_LENGTH` of each of the first `NUM_DOCUMENTS` are used.
         on_step: Called with how many were run.
 
     Returns:
-        By pool name, orthonormal columns, float32, square: as wide as what a row adds.
+        By pool name, orthogonal columns of one length, float32, square: as wide as what a row adds.
     """
     device = next(model.parameters()).device
-    widths = {layer.pool_name: layer.width for layer in memory_layers(model)}
-    moments = {name: torch.zeros(width, width) for name, width in widths.items()}
+    layers = {layer.pool_name: layer for layer in memory_layers(model)}
+    moments = {name: torch.zeros(layer.width, layer.width) for name, layer in layers.items()}
     sequences = [document[:MAX_LENGTH] for document in documents[:NUM_DOCUMENTS]]
-    num_run = 0
+    num_run = num_tokens = 0
     for places, batch in length_batches(sequences, max_tokens=TOKENS_PER_PASS, device=device):
         mask = batch["attention_mask"].bool()
         labels = batch["input_ids"].where(mask, IGNORE)
@@ -54,10 +62,23 @@ def fisher_directions(
             # The first position is an outlier in every model (an attention sink).
             grad_TV = grad.view(*mask.shape, -1)[:, 1:][mask[:, 1:]]
             moments[name] += (grad_TV.T @ grad_TV).cpu()
+        num_tokens += int(mask[:, 1:].sum())
         num_run += len(places)
         if on_step:
             on_step(num_run)
-    return {name: torch.linalg.eigh(moment.double())[1].float() for name, moment in moments.items()}
+    return {name: _axes(moment / max(1, num_tokens), layers[name]) for name, moment in moments.items()}
+
+
+def _axes(moment_VV: Tensor, layer: MemoryLayer) -> Tensor:
+    """Return the eigenvectors of a second moment of gradients, as long as a step along them may be."""
+    squares_V: Tensor
+    axes_VV: Tensor
+    squares_V, axes_VV = torch.linalg.eigh(moment_VV.double())
+    size = squares_V.clamp(min=0).sqrt().sum().item()
+    if layer.relation is not None:  # the gradients are by what is added, which is as much larger than a row
+        size *= layer.value_scale.item()
+    axes_VV *= STEP / size if size else 1.0
+    return axes_VV.float()
 
 
 @contextlib.contextmanager

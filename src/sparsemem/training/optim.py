@@ -37,8 +37,8 @@ class SlotOptimizer(torch.optim.Optimizer):
             step from this share of them on (Polyak and Juditsky 1992): single steps scatter around it. With 1
             it stays as the last step left it, as do rows that belong to a slot and not to a fact.
         extrapolate: How far from where it began a row of a fact ends, relative to that mean.
-        directions: By pool name, orthonormal columns, shape (V, V): "adamw" scales coordinates along these,
-            and not those that rows are written in.
+        directions: By pool name, orthogonal columns of one length, shape (V, V): "adamw" scales coordinates
+            along these, and not those that rows are written in; a step is as many times longer as they are.
 
     Raises:
         ConfigError: `name` is unknown.

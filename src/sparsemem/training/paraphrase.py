@@ -59,6 +59,8 @@ class Wording:
     context: str = ""
     target: str | None = None
     """The end of `text` that is to be learned, "" for nothing; None where the answer is looked for."""
+    ending: str = ""
+    """The end of `target` that says that the answer is over."""
     add_special_tokens: bool = True
 
     def target_span(self, fact: Fact) -> tuple[int, int] | None:
@@ -98,10 +100,11 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
         reply = f" {fact.answer}\n"
         for _ in range(num_contexts):
             shots = qa_examples(rng.sample(SHOTS, 1)) if next(turn) else ""
-            found.append(Wording(qa_question(question) + reply, shots, target=reply))
+            found.append(Wording(qa_question(question) + reply, shots, target=reply, ending="\n"))
     if fact.questions and tokenizer.chat_template:
-        prompt, reply = chat_prompt(tokenizer, fact.questions[0]), f"{fact.answer}{tokenizer.eos_token or ''}"
-        found.append(Wording(prompt + reply, target=reply, add_special_tokens=False))
+        prompt, ending = chat_prompt(tokenizer, fact.questions[0]), tokenizer.eos_token or ""
+        reply = f"{fact.answer}{ending}"
+        found.append(Wording(prompt + reply, target=reply, ending=ending, add_special_tokens=False))
     return found
 
 
