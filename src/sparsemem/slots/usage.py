@@ -25,7 +25,7 @@ from sparsemem.slots.directions import NUM_DOCUMENTS, fisher_directions
 USAGE_FILE = "background_usage.safetensors"
 FORMAT = "sparsemem-usage"
 FORMAT_VERSION = 3
-"""2: with directions. 3: these are as long as a step may be; of 2, one learning rate does not suit all models."""
+"""2: with directions. 3: which are as long as a step may be."""
 
 WINDOW = 1024
 """Documents tokenized at a time; those of like length are counted together."""
