@@ -25,9 +25,9 @@ BEGINS, GOES_ON, OVER = range(3)
 """Where a text is: before an answer, within it, and at its last token."""
 SCORES = 32.0, 26.0, 0.0
 """What a row is to score there."""
-WEIGHTS = 4.0, 1.0, 4.0
-"""Weight of the squared error there. A long answer has one beginning and one end among dozens of tokens: it
-goes on rightly only where it began so, and is said again where its row is still asked for at its end."""
+WEIGHTS = 4.0, 1.0, 1.0
+"""Weight of the squared error there. A long answer has one beginning among dozens of tokens, and goes on
+rightly only where it began so. Where it is over, it would be said again if its row were still asked for."""
 SAME = 0.9
 """Share of what a new row would score where its answer begins from which on an earlier one answers the same.
 Of facts about one person, or 20 of TOFU about one author, one pair of 728 is taken for the same."""
