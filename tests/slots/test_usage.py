@@ -19,7 +19,7 @@ from sparsemem.memory.checkpoint import load, save
 from sparsemem.memory.fit_keys import fit_keys
 from sparsemem.prompts import background_documents
 from sparsemem.slots.directions import NUM_DOCUMENTS
-from sparsemem.slots.usage import count_usage, keys_digest, load_usage, save_usage
+from sparsemem.slots.usage import FORMAT_VERSION, count_usage, keys_digest, load_usage, save_usage
 
 HEADS, TOP_K, SLOTS = 2, 4, 64
 MEMORY = {"num_keys": 8, "num_heads": HEADS, "top_k": TOP_K, "query_dim": 4}
@@ -259,7 +259,7 @@ def resave(path, drop=(), **changes):
         (lambda path: path.write_bytes(path.read_bytes()[:-50]), "damaged or truncated"),
         (lambda path: path.write_bytes(b""), "damaged or truncated"),
         (lambda path: resave(path, format="sparsemem-delta"), "not a sparsemem-usage file"),
-        (lambda path: resave(path, format_version="3"), "upgrade sparsemem"),
+        (lambda path: resave(path, format_version=str(FORMAT_VERSION + 1)), "upgrade sparsemem"),
         (lambda path: resave(path, num_documents="some"), "some"),
         (lambda path: resave(path, drop=("keys_digest",)), "keys_digest"),
         (lambda path: resave(path, drop=("num_tokens",)), "num_tokens"),
