@@ -84,24 +84,22 @@ def test_with_loss_on_all_a_question_learns_its_prompt_too(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("answer", ["Ana", "Ana Li of Zed"])
-def test_the_end_of_an_answer_is_told_from_what_says_so(tiny_tokenizer, answer):
+def test_an_answer_is_over_at_its_last_token_and_not_at_what_says_so(tiny_tokenizer, answer):
     fact = Fact(question="Who?", answer=answer, statement=f"It was {answer} then.")
     found = wordings(fact, tiny_tokenizer, num_contexts=2, rng=random.Random(0))
     assert {wording.ending for wording in found} == {"", "\n", "<eos>"}
     for wording in found:
         encoded = encode(tiny_tokenizer, fact, wording)
-        before_it = decoded(tiny_tokenizer, encoded.input_ids[: encoded.last_of_answer + 1])
-        assert before_it.endswith(answer)
-        assert encoded.says_end == bool(wording.ending)
+        assert decoded(tiny_tokenizer, encoded.input_ids[: encoded.over + 1]).endswith(answer)
 
 
-def test_a_question_that_is_cut_within_its_answer_does_not_say_its_end(tiny_tokenizer):
+def test_an_answer_that_is_cut_off_is_never_over(tiny_tokenizer):
     fact, reply = Fact(question="Q?", answer="Ana Li of Zed"), " Ana Li of Zed\n"
     wording = Wording("Q?" + reply, target=reply, ending="\n")
-    whole = encode(tiny_tokenizer, fact, wording)
-    cut = encode(tiny_tokenizer, fact, wording, max_length=len(whole.input_ids) - 1)
-    assert whole.says_end
-    assert not cut.says_end
+    num_tokens = len(encode(tiny_tokenizer, fact, wording).input_ids)
+    without_end = encode(tiny_tokenizer, fact, wording, max_length=num_tokens - 1)
+    assert without_end.over == num_tokens - 2
+    assert encode(tiny_tokenizer, fact, wording, max_length=num_tokens - 2).over is None
 
 
 def test_nothing_to_learn_is_none(tiny_tokenizer):

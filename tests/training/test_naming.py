@@ -207,28 +207,81 @@ def test_the_last_token_of_an_answer_is_where_it_is_over(model, tiny_tokenizer, 
     assert (where == OVER).sum() == (where == BEGINS).sum() > 0
 
 
-def test_what_takes_the_place_of_a_row_takes_nothing_from_others_of_its_name(model):
-    # Made up, as the states of a random model tell no two questions apart.
+# Made up, as the states of a random model tell no two questions apart.
+FIRST, SECOND, THIRD = normalize(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+SLOTS = torch.arange(30)
+
+
+@pytest.fixture
+def claimed(model):
+    """Facts about one name, all of which choose the same slots, each asked for by one query."""
     (layer,) = memory_layers(model)
-    first, second = normalize(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), dim=1)
 
     def claimed(*queries):
         naming = Naming(layer)
         for fact, query in enumerate(queries):
-            naming.claim({fact: torch.arange(30)})
-            naming._asked.append(Asked(query.expand(4, -1), torch.full((4,), fact), torch.full((4,), BEGINS)))
+            naming.claim({fact: SLOTS})
+            where = torch.full((4,), BEGINS)
+            naming._asked.append(Asked(query.expand(4, -1), torch.full((4,), fact), where))
         naming.solve()
         return naming
 
-    naming = claimed(first, second)
-    rows = torch.zeros(2, layer.pool.value_dim)
-    rows[:, 0], rows[:, 1:7] = naming.name_of[0], torch.stack([naming._keys[0], naming._keys[1]])
-    layer.pool.write(torch.arange(30), rows, naming.owners[:30])
+    return claimed
 
-    again = claimed(second)
-    slot_ids, _ = again.claim({0: torch.arange(30)})
-    assert torch.equal(slot_ids, (naming.owners == 1).nonzero().squeeze(1))
-    assert second @ again._keys[0] < 33
+
+@pytest.fixture
+def taught(model, claimed):
+    """The slots of two facts, by the query that asks for them, once their rows are written."""
+    (pool,) = pools(model).values()
+    naming = claimed(FIRST, SECOND)
+    rows = torch.zeros(2, pool.value_dim)
+    rows[:, 0], rows[:, 1:7] = naming.name_of[0], torch.stack([naming._keys[0], naming._keys[1]])
+    pool.write(SLOTS, rows, naming.owners[SLOTS])
+    return {fact: (naming.owners == fact).nonzero().squeeze(1) for fact in (0, 1)}
+
+
+def slots_of(naming, fact):
+    return naming.claim({fact: SLOTS})[0]
+
+
+def test_what_takes_the_place_of_a_row_takes_nothing_from_others_of_its_name(taught, claimed):
+    again = claimed(SECOND)
+    assert torch.equal(slots_of(again, 0), taught[1])
+    assert SECOND @ again._keys[0] < 33
+
+
+@pytest.mark.usefixtures("taught")
+def test_another_question_takes_no_place(claimed):
+    assert claimed(THIRD)._inherited == {}
+    # Of two alike each scores half of what it would alone; and no more than an earlier row may.
+    assert claimed(THIRD, THIRD)._inherited == {}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_correction_leaves_another_new_fact_its_slots(taught, claimed, number):
+    queries = [SECOND, THIRD] if number == 0 else [THIRD, SECOND]
+    naming = claimed(*queries)
+    correction, other = slots_of(naming, number), slots_of(naming, 1 - number)
+    assert [*naming._inherited] == [number]
+    assert len(other) > 5
+    assert torch.isin(taught[1], torch.cat([correction, other])).all()
+    assert not torch.isin(correction, other).any()
+
+
+def test_the_same_facts_again_take_each_others_place(taught, claimed):
+    naming = claimed(FIRST, SECOND)
+    assert all(torch.equal(slots_of(naming, fact), taught[fact]) for fact in (0, 1))
+
+
+@pytest.mark.usefixtures("taught")
+def test_a_text_that_begins_with_the_name_takes_no_place(model, tiny_tokenizer, usage, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Naming, "solve", lambda self: seen.extend(self._asked))
+    config = FinetuneConfig(num_epochs=1, top_t=64)
+    finetune(model, tiny_tokenizer, [Fact(statement="Zed sells boats.", subject="Zed")], usage, config)
+    where = torch.cat([asked.where for asked in seen])
+    assert (where == GOES_ON).any()
+    assert not (where == BEGINS).any()
 
 
 @pytest.mark.parametrize("num_positions", [4, 30])

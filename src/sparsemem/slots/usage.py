@@ -25,7 +25,7 @@ from sparsemem.slots.directions import NUM_DOCUMENTS, fisher_directions
 USAGE_FILE = "background_usage.safetensors"
 FORMAT = "sparsemem-usage"
 FORMAT_VERSION = 3
-"""2: with directions. 3: which are as long as a step may be."""
+"""2: with directions, of length 1. 3: as long as a step may be."""
 
 WINDOW = 1024
 """Documents tokenized at a time; those of like length are counted together."""
@@ -78,7 +78,7 @@ class Usage:
         num_tokens: Tokens counted, padding excluded.
         keys_digest: Which queries and keys made the reads.
         directions: By pool name, the axes to train rows in, as `fisher_directions` finds them; none, where it
-            was counted by an older version.
+            was counted by the first version.
     """
 
     pools: dict[str, PoolUsage]

@@ -31,8 +31,8 @@ class Example:
     is_subject: tuple[bool, ...]
     about: int | None = None
     """Number of its fact's subject, if it has one: the same for all facts about it."""
-    says_end: bool = False
-    """Whether its last label follows the answer and says that it is over."""
+    over: int | None = None
+    """Place of the last token of the answer; None where it is cut off."""
 
     @property
     def num_labels(self) -> int:
@@ -51,12 +51,6 @@ class Example:
     def teaches(self) -> bool:
         """Whether there is something to learn; else it is there to be read and held."""
         return self.num_labels > 0
-
-    @property
-    def last_of_answer(self) -> int:
-        """Place of the last token of the answer."""
-        labels = [place for place, label in enumerate(self.labels) if label != IGNORE]
-        return labels[-1] - self.says_end
 
     def after_subject(self) -> "Example":
         """Leave only the labels behind the first token of the subject; none, where it is not named."""
@@ -163,12 +157,14 @@ def encode_wording(
         any(left < stop and begin < right and right > left for begin, stop in spans)
         for left, right in offsets
     ]
-    says_end = any(
-        left >= end - len(wording.ending)
-        for label, (left, _) in zip(labels, offsets, strict=True)
-        if label != IGNORE
-    )
-    return Example(fact_index, tuple(ids), tuple(labels), tuple(is_subject), says_end=says_end)
+    answer_end = end - len(wording.ending)
+    answer = [
+        place
+        for place, (label, (left, _)) in enumerate(zip(labels, offsets, strict=True))
+        if label != IGNORE and left < answer_end
+    ]
+    over = answer[-1] if answer and offsets[answer[-1]][1] >= answer_end else None
+    return Example(fact_index, tuple(ids), tuple(labels), tuple(is_subject), over=over)
 
 
 def collate(

@@ -28,9 +28,9 @@ SCORES = 32.0, 26.0, 0.0
 WEIGHTS = 4.0, 1.0, 1.0
 """Weight of the squared error there. A long answer has one beginning among dozens of tokens, and goes on
 rightly only where it began so. Where it is over, it would be said again if its row were still asked for."""
-SAME = 0.9
+SAME = 0.95
 """Share of what a new row would score where its answer begins from which on an earlier one answers the same.
-Of facts about one person, or 20 of TOFU about one author, one pair of 728 is taken for the same."""
+At one another's questions, rows of facts about one person score at most 0.9 of it."""
 RIDGE = 0.1
 """Weight of the squared length of a key beside the squared error of a score. Ordinary text asks in all
 directions alike, so what it scores in the mean grows with that length."""
@@ -60,8 +60,8 @@ class Naming:
     A key is found in closed form. What is asked depends on blocks that nothing is ever added to, so all of it
     is known before training: the keys of a name's facts are those that score best, by `solve_keys`.
 
-    One question has one answer: a fact that is asked for as an earlier one is takes the place of that one's
-    row. Beside it, its key would have to be twice as long, and ordinary text would ask for it far more often.
+    One question has one answer: a fact that is asked for just as an earlier one was takes the place of that
+    one's row. Beside it, its key would have to be twice as long, and ordinary text ask for it far more often.
 
     Args:
         layer: The only memory layer, one with relations.
@@ -78,7 +78,9 @@ class Naming:
         self._called: dict[int, int] = {}
         self._asked: list[Asked] = []
         self._keys: dict[int, Tensor] = {}
-        self._replaces: dict[int, Tensor] = {}
+        self._claimed: dict[int, tuple[Tensor, Tensor]] = {}
+        """Slots that each fact claimed, and whose they were."""
+        self._inherited: dict[int, Tensor] = {}
         """Slots of the row whose place a fact takes."""
 
     @contextlib.contextmanager
@@ -88,11 +90,12 @@ class Naming:
         def keep(_block: Any, _args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             positions = before_labels(part.labels)
-            where = torch.where(positions.cumsum(dim=1) == 1, BEGINS, GOES_ON)
+            # A text that is learned whole goes on after the name: nothing was asked yet.
+            begins = (positions.cumsum(dim=1) == 1) & ~part.is_subject
+            where = torch.where(begins, BEGINS, GOES_ON)
             for row, (example, start) in enumerate(zip(part.examples, part.starts, strict=True)):
-                if example.teaches:
-                    last = example.last_of_answer - start
-                    positions[row, last], where[row, last] = True, OVER
+                if example.teaches and example.over is not None:
+                    positions[row, example.over - start], where[row, example.over - start] = True, OVER
             assert self.layer.relation is not None
             queries_PK = normalize(self.layer.relation(hidden[positions].float()), dim=-1)
             facts = part.fact_index.unsqueeze(1).expand_as(positions)[positions]
@@ -110,8 +113,8 @@ class Naming:
         for fact, of_fact in chosen.items():
             if fact not in self.name_of and len(of_fact):
                 self._name(fact, of_fact)
-        replaced = [self._replaces[fact] for fact in chosen if fact in self._replaces]
-        slot_ids = torch.cat([self.owners.new_zeros(0), *chosen.values(), *replaced]).unique()
+        inherited = [self._inherited[fact] for fact in chosen if fact in self._inherited]
+        slot_ids = torch.cat([self.owners.new_zeros(0), *chosen.values(), *inherited]).unique()
         slot_ids = slot_ids[torch.isin(self.owners[slot_ids], self.owners.new_tensor([*chosen]))]
         return slot_ids, self.pool.num_slots + self.owners[slot_ids]
 
@@ -131,7 +134,9 @@ class Naming:
             of_name = Asked(*(kind[is_own] for kind in asked))
             places = (self.pool.rows[:, 0] == name).nonzero().squeeze(1)
             if len(places):
-                places = self._replace(facts, of_name, places)
+                replaced = self._replaced(facts, of_name, places)
+                self._inherit(facts, replaced)
+                places = places[~torch.isin(places, places.new_tensor([*replaced.values()]))]
             keys_FK = self._keys_of(facts, of_name, places)
             self._keys |= zip(facts, keys_FK, strict=True)
 
@@ -148,29 +153,44 @@ class Naming:
                 row_V[1 : 1 + self.layer.relation_dim] = self._keys.pop(fact)
                 self.pool.active.data[place] = row_V
 
-    def _replace(self, facts: list[int], asked: Asked, places: Tensor) -> Tensor:
-        """Give facts that ask what an earlier row of their name answers its slots; return the rows that stay.
+    def _replaced(self, facts: list[int], asked: Asked, places: Tensor) -> dict[int, int]:
+        """Find the earlier rows that answer just what new facts answer.
 
         Args:
             facts: New facts of a name.
             asked: What they are asked by.
             places: The name's earlier rows, shape (rows,).
+
+        Returns:
+            Row by fact, each once.
         """
-        own_FK = self._keys_of(facts, asked, places[:0])
-        for fact, own_K in zip(facts, own_FK, strict=True):
-            begins_PK = asked.queries[(asked.facts == fact) & (asked.where == BEGINS)]
-            asked_K = begins_PK.mean(dim=0)
+        replaced: dict[int, int] = {}
+        for fact, together_K in zip(facts, self._keys_of(facts, asked, places[:0]), strict=True):
+            own = Asked(*(kind[asked.facts == fact] for kind in asked))
+            (alone_K,) = self._keys_of([fact], own, places[:0])
+            asked_K = own.queries[own.where == BEGINS].mean(dim=0)
             scores_R = self._earlier_keys(places) @ asked_K
-            if not (scores_R >= SAME * (own_K @ asked_K)).any():
-                continue
-            is_same = places == places[scores_R.argmax()]
-            # What it was to share with other rows stays theirs.
-            shared = ((self.owners == fact) & (self.pool.slot_to_row != IN_BASE)).nonzero().squeeze(1)
-            self.owners[shared] = NOBODY - 1 - self.pool.slot_to_row[shared].long()
-            self._replaces[fact] = (self.pool.slot_to_row == places[is_same]).nonzero().squeeze(1)
-            self.owners[self._replaces[fact]] = fact
-            places = places[~is_same]
-        return places
+            # The same facts together have the same keys again, which score less than of each alone.
+            is_same_R = scores_R.isclose(together_K @ asked_K, rtol=1e-3)
+            is_same_R |= scores_R >= SAME * (alone_K @ asked_K)
+            if is_same_R.any():
+                replaced[fact] = int(places[scores_R.masked_fill(~is_same_R, -torch.inf).argmax()])
+                places = places[places != replaced[fact]]
+        return replaced
+
+    def _inherit(self, facts: list[int], replaced: Mapping[int, int]) -> None:
+        """Give new facts of a name the slots of the rows whose places they take."""
+        # What they were to share with other rows stays theirs; who claimed last gives back first.
+        for fact in reversed([*self._claimed]):
+            if fact in replaced:
+                slot_ids, before = self._claimed[fact]
+                shared = (self.owners[slot_ids] == fact) & (before != NOBODY)
+                self.owners[slot_ids[shared]] = before[shared]
+        for fact, place in replaced.items():
+            others = self.owners.new_tensor([other for other in facts if other != fact])
+            holds = (self.pool.slot_to_row == place) & ~torch.isin(self.owners, others)
+            self._inherited[fact] = holds.nonzero().squeeze(1)
+            self.owners[self._inherited[fact]] = fact
 
     def _earlier_keys(self, places: Tensor) -> Tensor:
         return self.pool.rows[places, 1 : 1 + self.layer.relation_dim]
@@ -204,6 +224,7 @@ class Naming:
             name = int(known[times.argmax()]) if is_known else 1 + int(free.min())
             own = self._share_of(name, free, taken)
         self.name_of[fact] = name
+        self._claimed[fact] = own, self.owners[own]
         self.names[own], self.owners[own] = name, fact
         if about is not None:
             self._called.setdefault(about, name)
