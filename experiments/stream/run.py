@@ -37,7 +37,7 @@ from sparsemem.files import read_json, write_json
 from sparsemem.memory.base_model import fingerprint
 from sparsemem.memory.checkpoint import base_weights
 from sparsemem.slots.usage import USAGE_FILE, load_usage
-from sparsemem.store.commits import fact_rows
+from sparsemem.store.commits import fact_rows, facts_of
 from sparsemem.study.base_scores import base_scores
 from sparsemem.study.measure import BUILT_IN_PROBE, built_in_probe
 from sparsemem.study.provenance import peak_bytes, provenance
@@ -203,7 +203,8 @@ class Memory(Learner):
             self.model, _ = sparsemem.load(self.folder)
 
     def learn(self, facts: Facts, config: sparsemem.FinetuneConfig, number: int) -> None:  # noqa: D102
-        delta = sparsemem.finetune(self.model, self.tokenizer, facts, self.usage, config).delta
+        taught = facts_of(self.store.facts(self.store.head()))
+        delta = sparsemem.finetune(self.model, self.tokenizer, facts, self.usage, config, taught=taught).delta
         assert delta is not None
         self.store.commit(delta, f"update {number}", {"facts": fact_rows(facts)})
 

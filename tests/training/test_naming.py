@@ -79,7 +79,7 @@ def test_a_fact_whose_slots_are_all_taken_shares_those_of_another_name(model):
 @pytest.fixture
 def told_apart(monkeypatch):
     """Of a random model, whose states tell no two questions apart, none is taken for another."""
-    monkeypatch.setattr(naming_module, "SAME", float("inf"))
+    monkeypatch.setattr(naming_module, "SAME_ROW", float("inf"))
 
 
 @pytest.mark.usefixtures("told_apart")
@@ -169,6 +169,22 @@ def test_a_later_row_scores_more_than_an_earlier_one_where_both_are_asked_for(mo
     assert later > before + 5
 
 
+def test_what_was_taught_before_is_asked_for_once(model, teach, tiny_tokenizer, usage, monkeypatch):
+    seen = []
+    solve = Naming.solve
+    monkeypatch.setattr(Naming, "solve", lambda self: (seen.append(len(self._asked)), solve(self)))
+    config = FinetuneConfig(num_epochs=2, top_t=64)
+    kept = {}
+    for name, taught in {"none": (), "other": (OTHER,), "same": (OTHER, PLACE)}.items():
+        seen.clear()
+        delta = finetune(model, tiny_tokenizer, [OWNER], usage, config, taught=taught).delta
+        kept[name] = seen[:2]
+        delta.invert().apply(pools(model))
+    assert kept["none"] == kept["other"]
+    assert kept["same"][0] > kept["none"][0]
+    assert kept["same"][1] == kept["none"][1]
+
+
 def test_another_answer_to_the_same_question_takes_the_place_of_the_first(model, teach):
     (pool,) = pools(model).values()
     teach(OWNER)
@@ -217,10 +233,12 @@ def claimed(model):
     """Facts about one name, all of which choose the same slots, each asked for by one query."""
     (layer,) = memory_layers(model)
 
-    def claimed(*queries):
+    def claimed(*queries, earlier=()):
         naming = Naming(layer)
-        for fact, query in enumerate(queries):
-            naming.claim({fact: SLOTS})
+        for fact, query in enumerate([*queries, *earlier]):
+            naming.about[fact] = 0
+            if fact < len(queries):
+                naming.claim({fact: SLOTS})
             where = torch.full((4,), BEGINS)
             naming._asked.append(Asked(query.expand(4, -1), torch.full((4,), fact), where))
         naming.solve()
@@ -269,8 +287,34 @@ def test_a_correction_leaves_another_new_fact_its_slots(taught, claimed, number)
 
 
 def test_the_same_facts_again_take_each_others_place(taught, claimed):
-    naming = claimed(FIRST, SECOND)
+    naming = claimed(FIRST, SECOND, earlier=(FIRST, SECOND))
     assert all(torch.equal(slots_of(naming, fact), taught[fact]) for fact in (0, 1))
+
+
+@pytest.mark.usefixtures("taught")
+def test_of_two_facts_that_ask_the_same_again_one_takes_its_place_and_none_another(claimed):
+    naming = claimed(SECOND, SECOND, earlier=(FIRST, SECOND))
+    assert len(naming._inherited) == 1
+
+
+NEAR = normalize(FIRST + 0.3 * SECOND, dim=0)
+
+
+@pytest.mark.usefixtures("taught")
+def test_what_an_earlier_fact_was_asked_by_tells_it_from_one_much_like_it(claimed):
+    assert [*claimed(NEAR)._inherited] == [0]
+    assert claimed(NEAR, earlier=(FIRST, SECOND))._inherited == {}
+
+
+@pytest.mark.usefixtures("taught")
+def test_a_new_fact_does_not_answer_what_earlier_ones_are_asked(claimed):
+    asked = normalize(FIRST + THIRD, dim=0)
+    (unknown,), (known,) = (
+        claimed(asked)._keys.values(),
+        claimed(asked, earlier=(FIRST, SECOND))._keys.values(),
+    )
+    assert asked @ known > 25
+    assert (FIRST @ known).abs() < 5 < FIRST @ unknown
 
 
 @pytest.mark.usefixtures("taught")

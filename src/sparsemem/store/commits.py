@@ -10,6 +10,8 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sparsemem.data import Fact, parse_fact
+
 COLUMNS = "id, parent, second_parent, time, author, message, object, digest, num_slots"
 RECORD = (*COLUMNS.split(", ")[1:], "details")
 """What names a commit: the columns behind its id."""
@@ -87,6 +89,11 @@ def fact_rows(facts: Iterable[Any], *, hashed: bool = False) -> list[FactRow]:
 def fact_text(row: FactRow) -> FactRow:
     """What a row says of its fact; nothing where it keeps only the hash."""
     return {name: value for name, value in row.items() if name != "sha"}
+
+
+def facts_of(rows: Iterable[FactRow]) -> list[Fact]:
+    """Read the facts that rows keep; those of which there is only the hash are left out."""
+    return [parse_fact(text, row["sha"]) for row in rows if (text := fact_text(row))]
 
 
 def now() -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemem import console
-from sparsemem.config import LoadConfig, from_json
+from sparsemem.config import LoadConfig
 from sparsemem.data import Fact, load_facts
 from sparsemem.errors import ConfigError, DataError
 from sparsemem.likelihood import log_probs_at
@@ -20,7 +20,7 @@ from sparsemem.memory.delta import RowChange
 from sparsemem.prompts import SHOTS, qa_examples, qa_question
 from sparsemem.slots.alignment import last_writers
 from sparsemem.slots.usage import USAGE_FILE, Usage, load_usage
-from sparsemem.store.commits import FactRow, fact_rows, fact_text
+from sparsemem.store.commits import FactRow, fact_rows, facts_of
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.study.reads import ReadRecorder, Taught, Token, name_facts, written_slots
@@ -82,19 +82,15 @@ def taught_updates(folder: Path, facts: Sequence[Fact] = ()) -> list[Taught]:
 
 def known_facts(store: DeltaStore, version: str | None) -> list[Fact]:
     """List the facts of a version whose text the history keeps, the oldest first."""
-    return _readable(store.facts(version))
+    return facts_of(store.facts(version))
 
 
 def _facts_of(rows: Sequence[FactRow], given: Sequence[Fact]) -> tuple[Fact, ...]:
     hashes = {row["sha"] for row in rows}
-    if kept := _readable(rows):
+    if kept := facts_of(rows):
         return tuple(kept)
     by_hash = zip(given, fact_rows(given), strict=True)
     return tuple(fact for fact, row in by_hash if not hashes or row["sha"] in hashes)
-
-
-def _readable(rows: Sequence[FactRow]) -> list[Fact]:
-    return [from_json(Fact, text, "history") for text in map(fact_text, rows) if text]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from sparsemem.memory.checkpoint import local_folder, read_header
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.slots.usage import USAGE_FILE, load_usage
-from sparsemem.store.commits import Commit, FactRow, fact_text
+from sparsemem.store.commits import Commit, FactRow, fact_text, facts_of
 from sparsemem.store.history import ATTACHED, DeltaStore
 from sparsemem.store.load import load
 from sparsemem.store.merge import Change, Side, commit_change, describe, joined
@@ -139,7 +139,13 @@ def _relearn(store: DeltaStore, change: Change, message: str, action: str, loadi
     if facts:
         with console.progress(f"learn {len(facts)} facts again") as step:
             result = finetune(
-                model, tokenizer, facts, usage, config, on_step=lambda done, total, _loss: step(done, total)
+                model,
+                tokenizer,
+                facts,
+                usage,
+                config,
+                taught=facts_of(store.facts(head)),
+                on_step=lambda done, total, _loss: step(done, total),
             )
         assert result.delta is not None
         delta = delta.compose(result.delta)

@@ -66,6 +66,7 @@ def train(
     config: FinetuneConfig,
     background: Sequence[str] = (),
     evaluate: Callable[[nn.Module], Any] | None = None,
+    taught: Sequence[Fact] = (),
 ) -> FinetuneResult:
     """Run `finetune` behind a progress bar."""
     with console.progress(f"learn {len(facts)} facts") as step:
@@ -75,6 +76,7 @@ def train(
             facts,
             usage,
             config,
+            taught=taught,
             background=background,
             evaluate=evaluate,
             on_step=lambda done, total, loss: step(done, total, f"loss {loss:.3f}"),

@@ -18,7 +18,7 @@ from sparsemem.memory.delta import SparseDelta
 from sparsemem.memory.shard import shard
 from sparsemem.prompts import PromptFormat
 from sparsemem.slots.usage import USAGE_FILE, load_usage
-from sparsemem.store.commits import Commit, fact_rows
+from sparsemem.store.commits import Commit, fact_rows, facts_of
 from sparsemem.store.history import DeltaStore
 from sparsemem.store.load import load
 from sparsemem.study.measure import measure, metrics, num_base_values, train
@@ -110,7 +110,8 @@ class Session:
         before = measure("measure before", self.model, self.tokenizer, told, asked, prompt, results)
         scores = {probe.name: {**known, **before.probes}[probe.name] for probe in probes}
         started = time.perf_counter()
-        result = train(self.model, self.tokenizer, told, self.usage, config, background)
+        taught = distributed.from_main(lambda: facts_of(self.store.facts(self.head)))
+        result = train(self.model, self.tokenizer, told, self.usage, config, background, taught=taught)
         seconds = time.perf_counter() - started
         after = measure("measure after", result.model, self.tokenizer, told, probes, prompt, results)
         self._probes_now = scores

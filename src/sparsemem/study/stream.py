@@ -7,12 +7,12 @@ from typing import Any
 
 from sparsemem import console
 from sparsemem.config import FinetuneConfig, LoadConfig
-from sparsemem.data import Fact, load_texts, parse_fact
+from sparsemem.data import Fact, load_texts
 from sparsemem.errors import ConfigError
 from sparsemem.memory.checkpoint import read_header
 from sparsemem.prompts import PromptFormat, check_format
 from sparsemem.store import proposals
-from sparsemem.store.commits import FactRow, fact_rows, fact_text
+from sparsemem.store.commits import FactRow, fact_rows, facts_of
 from sparsemem.store.history import DeltaStore
 from sparsemem.study.measure import resolve_probes
 from sparsemem.study.policy import Policy, contradictions, softened
@@ -114,7 +114,7 @@ def approve(folder: str | Path, names: Sequence[str], **options: Any) -> dict[st
         options.get("loading"),
     )
     taught = {row["sha"] for row in store.facts(store.head())}
-    facts = [_fact(row) for row in rows if row["sha"] not in taught]
+    facts = facts_of(row for row in rows if row["sha"] not in taught)
     if facts:
         learner.take(facts, confirmed=True)
     taught = {row["sha"] for row in store.facts(store.head())}
@@ -231,7 +231,7 @@ class _Learner:
         """Draw earlier facts to be asked again."""
         if not self.policy.retest:
             return []
-        readable = with_documents_read(_fact(row) for row in taught if fact_text(row))
+        readable = with_documents_read(facts_of(taught))
         # What of a document was taught again stands in the history beside it.
         askable = [*{(fact.question, fact.answer): fact for fact in readable if fact.question}.values()]
         num = len(askable) if self.policy.retest < 0 else min(self.policy.retest, len(askable))
@@ -242,7 +242,3 @@ def _ever_seen(store: DeltaStore) -> set[str]:
     """Shas of all facts that were taught at any time (also if taken back since), refused or proposed."""
     taught = {row["sha"] for commit in store.log() for row in store.details(commit.id).get("facts", ())}
     return taught | {row["sha"] for row in proposals.listed(store)}
-
-
-def _fact(row: FactRow) -> Fact:
-    return parse_fact(fact_text(row), row["sha"])

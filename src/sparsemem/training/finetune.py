@@ -55,6 +55,7 @@ def finetune(
     usage: Usage | None = None,
     config: FinetuneConfig | None = None,
     *,
+    taught: Sequence[Fact] = (),
     background: Sequence[str] = (),
     evaluate: Callable[[nn.Module], Any] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
@@ -70,6 +71,8 @@ def finetune(
         facts: What to learn.
         usage: Background usage; needed for method="memory".
         config: Options.
+        taught: What the memory was taught before, as far as it is known. A new fact does not answer what one
+            of these about the same subject is asked, or takes its place if it is asked the same.
         background: Ordinary text for `penalty` and `replay_fraction`.
         evaluate: Called with the model after each epoch; of a stream, after each batch of facts. Of
             several processes the main one calls it (all, if the model is spread over them), and hands
@@ -95,7 +98,7 @@ def finetune(
         num_own, given = config.num_own_paraphrases, facts
         facts = distributed.from_main(lambda: with_own_paraphrases(model, tokenizer, given, num_own), model)
     by_fact = build_examples(facts, tokenizer, usage, config, rng)
-    method = _method(model, usage, config)
+    method = _method(model, usage, config, _earlier(by_fact, facts, taught, tokenizer, usage, config))
     num_steps = math.ceil(len(by_fact) / config.facts_per_batch) * config.num_epochs
     losses: list[float] = []
     evaluations: list[tuple[int, Any]] = []
@@ -138,12 +141,14 @@ def finetune(
     )
 
 
-def _method(model: nn.Module, usage: Usage | None, config: FinetuneConfig) -> SparseMemory | DenseWeights:
+def _method(
+    model: nn.Module, usage: Usage | None, config: FinetuneConfig, earlier: Sequence[Example]
+) -> SparseMemory | DenseWeights:
     if config.method != "memory":
         return DenseWeights(model, config)
     if usage is None:
         raise PoolMismatchError("method='memory' needs background usage; pass count_usage(...)'s result")
-    return SparseMemory(model, usage, config)
+    return SparseMemory(model, usage, config, earlier)
 
 
 def build_examples(
@@ -181,6 +186,34 @@ def build_examples(
     if not by_fact:
         raise DataError("no fact has a token to learn; give statements that contain the answer, or questions")
     return by_fact
+
+
+def _earlier(
+    by_fact: Sequence[Sequence[Example]],
+    facts: Sequence[Fact],
+    taught: Sequence[Fact],
+    tokenizer: Any,
+    usage: Usage | None,
+    config: FinetuneConfig,
+) -> list[Example]:
+    """Encode what earlier facts about the subjects of new ones were taught in, with numbers above theirs."""
+    if config.method != "memory":
+        return []
+    about = {
+        names_of(facts[example.fact_index], tokenizer, usage)[0]: example.about
+        for example, *_ in by_fact
+        if example.about is not None
+    }
+    earlier = []
+    for index, fact in enumerate(facts_to_learn(taught, config), len(facts)):
+        subject, *_ = (*names_of(fact, tokenizer, usage), None)
+        if subject in about:
+            texts = wordings(
+                fact, tokenizer, num_contexts=config.num_contexts, rng=random.Random(config.seed)
+            )
+            examples = _within_reach(_encode(texts, index, fact, [subject], tokenizer, config))
+            earlier += [dataclasses.replace(example, about=about[subject]) for example in examples]
+    return [example for example in earlier if example.teaches]
 
 
 def _encode(

@@ -17,7 +17,15 @@ from sparsemem.memory.pool import NOTHING, Pool
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
-from sparsemem.training.examples import Batch, Example, FactBatch, collate, collate_parts, own_share
+from sparsemem.training.examples import (
+    Batch,
+    Example,
+    FactBatch,
+    collate,
+    collate_parts,
+    collate_passes,
+    own_share,
+)
 from sparsemem.training.naming import Naming
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import Forward, PrefixCache
@@ -60,11 +68,15 @@ class SparseMemory:
         model: A model with a memory.
         usage: Background usage of its pools.
         config: Options; `ranking`, `top_t`, `anchor`, `optimizer` and their like.
+        taught: Examples of earlier facts about what new ones are about: where those are asked for, the new
+            ones are not to answer.
     """
 
-    def __init__(self, model: nn.Module, usage: Usage, config: FinetuneConfig) -> None:
+    def __init__(
+        self, model: nn.Module, usage: Usage, config: FinetuneConfig, taught: Sequence[Example] = ()
+    ) -> None:
         usage.check(model)
-        self.model, self.usage, self.config = model, usage, config
+        self.model, self.usage, self.config, self.taught = model, usage, config, taught
         self.pools = pools(model)
         self.ranking = RANKINGS[config.ranking]
         self.recorder = DeltaRecorder(self.pools)
@@ -110,11 +122,23 @@ class SparseMemory:
     def prepare(self, batches: Iterable[FactBatch]) -> None:
         """See all facts that are trained in turn, since those of one name are told apart from each other."""
         if self.naming is not None:
+            self._ask_taught(self.naming)
             for batch in batches:
                 self.naming.about |= {texts[0].fact_index: texts[0].about for texts in batch}
                 for of_batch in self._beforehand(batch).values():
                     self.naming.claim(of_batch)
             self.naming.solve()
+
+    def _ask_taught(self, naming: Naming) -> None:
+        """See once what earlier facts were asked by."""
+        taught, self.taught = self.taught, ()
+        naming.about |= {example.fact_index: example.about for example in taught}
+        device = next(self.model.parameters()).device
+        passes = collate_passes(distributed.share(taught), device)
+        for part, counts in distributed.in_step(self.model, passes, lambda: collate(taught[:1], device)):
+            with naming.asked(part) if counts else contextlib.nullcontext():
+                inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
+                observe_reads(self.model, lambda *_: None, naming.layer.beside.last, **inputs)
 
     @contextlib.contextmanager
     def step(self, batch: FactBatch, parts: Sequence[Batch]) -> Iterator[None]:
