@@ -227,7 +227,10 @@ class Naming:
         """
         alike = {other for fact in facts for other in _same(_begins(asked, fact), earlier)}
         is_other = ~torch.isin(earlier.facts, earlier.facts.new_tensor([*alike]))
-        asked = Asked(*map(torch.cat, zip(asked, _at(earlier, is_other), strict=True)))
+        others = _at(earlier, is_other)
+        # With the weight of any position, not that of the beginning of an own answer.
+        others = others._replace(where=torch.full_like(others.where, GOES_ON))
+        asked = Asked(*map(torch.cat, zip(asked, others, strict=True)))
         earlier_RK = self._earlier_keys(places)
         own_PF = asked.facts.unsqueeze(1) == asked.facts.new_tensor(facts)
         earlier_PR = asked.queries @ earlier_RK.T
