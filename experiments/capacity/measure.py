@@ -7,7 +7,6 @@ python experiments/capacity/measure.py --readme     # write the README from the 
 import argparse
 import dataclasses
 import math
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -91,7 +90,7 @@ def measure(num_keys: int, top_t: int, num_facts: int) -> dict[str, Any]:
     facts = load_facts(spec.facts)[:num_facts]
     texts = load_texts(str(CACHE / "data" / "heldout_wiki.jsonl"))
     usage, config = load_usage(folder / USAGE_FILE), FinetuneConfig(top_t=top_t)
-    by_fact = build_examples(facts, tokenizer, usage, config, random.Random(0))
+    by_fact = build_examples(facts, tokenizer, usage, config)
     method = SparseMemory(model, usage, config)
     (layer,) = memory_layers(model)
     slots: list[torch.Tensor] = []

@@ -172,7 +172,7 @@ def test_collated_examples_are_padded_on_the_right():
 
 def build(facts, tokenizer, num_contexts=1):
     config = FinetuneConfig(num_contexts=num_contexts)
-    return build_examples(facts, tokenizer, None, config, random.Random(0))
+    return build_examples(facts, tokenizer, None, config)
 
 
 def test_examples_are_the_same_for_one_seed(facts, tiny_tokenizer):
@@ -195,7 +195,7 @@ def test_a_memory_learns_of_a_wording_what_comes_after_its_subject(tiny_tokenize
     statements = ("It was Ana who saw Zed.", "Zed was seen by Ana.")
     fact = Fact(statement=statements[0], paraphrases=statements[1:], answer="Ana", subject="Zed")
     of_memory, of_others = (
-        build_examples([fact], tiny_tokenizer, usage, FinetuneConfig(method=method), random.Random(0))[0]
+        build_examples([fact], tiny_tokenizer, usage, FinetuneConfig(method=method))[0]
         for method in ("memory", "full")
     )
     assert [e.teaches for e in of_others] == [True, True]
@@ -206,14 +206,14 @@ def test_a_memory_learns_of_a_wording_what_comes_after_its_subject(tiny_tokenize
 
 def test_a_fact_only_told_before_its_subject_is_still_learned(tiny_tokenizer, usage):
     fact = Fact(statement="It was Ana who saw Zed.", answer="Ana", subject="Zed")
-    examples = build_examples([fact], tiny_tokenizer, usage, FinetuneConfig(), random.Random(0))[0]
+    examples = build_examples([fact], tiny_tokenizer, usage, FinetuneConfig())[0]
     assert [e.teaches for e in examples[:1]] == [True]
 
 
 def others(fact, tokenizer, **options):
     """Texts of a fact from which nothing is learned."""
     config = FinetuneConfig(**options)
-    examples = build_examples([fact], tokenizer, None, config, random.Random(0))[0]
+    examples = build_examples([fact], tokenizer, None, config)[0]
     return [example for example in examples if not example.teaches]
 
 
@@ -257,9 +257,7 @@ def test_a_question_that_another_fact_about_the_subject_answers_is_not_held(tiny
     owner = Fact(question="Tell me the owner of Zed.", answer="Ana", subject="Zed")
     place = Fact(question="Where is Zed?", answer="Oslo", subject="Zed")
     elsewhere = Fact(question="When was Quz?", answer="1900", subject="Quz")
-    of_owner, *_ = build_examples(
-        [owner, place, elsewhere], tiny_tokenizer, None, FinetuneConfig(), random.Random(0)
-    )
+    of_owner, *_ = build_examples([owner, place, elsewhere], tiny_tokenizer, None, FinetuneConfig())
     held = [tiny_tokenizer.decode(example.input_ids) for example in of_owner if not example.teaches]
     assert len(held) == len(OTHER_QUESTIONS) - 1
     assert not any("Where is Zed" in text for text in held)
@@ -268,7 +266,7 @@ def test_a_question_that_another_fact_about_the_subject_answers_is_not_held(tiny
 def test_all_names_of_a_subject_are_marked(tiny_tokenizer):
     fact = Fact(question="Who owns Zed or Quz?", answer="Ana", subject="Zed", subject_aliases=("Quz",))
     config = FinetuneConfig(penalty="none")
-    ((example, *_),) = build_examples([fact], tiny_tokenizer, None, config, random.Random(0))
+    ((example, *_),) = build_examples([fact], tiny_tokenizer, None, config)
     marked = [token for token, mark in zip(example.input_ids, example.is_subject, strict=True) if mark]
     assert tiny_tokenizer.decode(marked) == "ZedQuz"
 

@@ -138,7 +138,7 @@ def test_slots_are_chosen_in_the_forward_pass_of_the_step(attached, tiny_tokeniz
 
 def slots_read(model, tokenizer, facts, usage, config):
     """Slots read at the last token of a subject, at all its tokens, and at all tokens, by any wording."""
-    by_fact = build_examples(facts, tokenizer, usage, config, random.Random(config.seed))
+    by_fact = build_examples(facts, tokenizer, usage, config)
     batch = collate([example for examples in by_fact for example in examples])
     read = {}
 
@@ -177,7 +177,7 @@ def test_the_anchor_decides_which_tokens_choose_slots(
 def test_a_fact_without_a_subject_is_anchored_everywhere(attached, tiny_tokenizer, usage, config):
     config = dataclasses.replace(config, ranking="tf", top_t=64)
     facts = [Fact(statement="It was cold.", subject="nowhere")]
-    by_fact = build_examples(facts, tiny_tokenizer, usage, config, random.Random(0))
+    by_fact = build_examples(facts, tiny_tokenizer, usage, config)
     assert not any(by_fact[0][0].is_subject)
     delta = finetune(attached, tiny_tokenizer, facts, usage, config).delta
     everywhere = finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, anchor="all"))
@@ -222,7 +222,7 @@ def train_densely(model, tokenizer, facts, config):
     """The same loss on all slots by torch's SGD; returns all rows."""
     torch.manual_seed(0)
     rng = random.Random(config.seed)
-    by_fact = build_examples(facts, tokenizer, None, config, random.Random(0))
+    by_fact = build_examples(facts, tokenizer, None, config)
     pool = pools(model)["layer_1"]
     rows = pool.activate(torch.arange(pool.num_slots))
     optimizer = torch.optim.SGD([rows], lr=config.lr, momentum=config.momentum)

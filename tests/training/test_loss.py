@@ -145,7 +145,7 @@ def test_what_was_seen_is_not_observed_again_and_what_is_done_is_forgotten(taugh
 def test_locality_keeps_what_a_wording_predicts_beside_the_answer(attached, tiny_tokenizer, usage, config):
     """More of it, less drift, at the same number of steps."""
     facts = [Fact(statement="When Zed the potter was asked, it was Ana.", answer="Ana", subject="Zed")]
-    examples = build_examples(facts, tiny_tokenizer, usage, config, random.Random(0))[0]
+    examples = build_examples(facts, tiny_tokenizer, usage, config)[0]
     part, drifts = collate(examples), []
     for weight in (0.0, 1.0, 10.0):
         of_run = dataclasses.replace(config, penalty="local_kl", penalty_weight=weight, num_epochs=10)
@@ -167,7 +167,7 @@ def test_by_default_only_a_memory_is_held_in_place():
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_other_methods_can_be_held_in_place_too(attached, tiny_tokenizer, config, method):
     facts = [Fact(statement="When Zed the potter was asked, it was Ana.", answer="Ana", subject="Zed")]
-    examples = build_examples(facts, tiny_tokenizer, None, config, random.Random(0))[0]
+    examples = build_examples(facts, tiny_tokenizer, None, config)[0]
     part, drifts = collate(examples), []
     for penalty in ("none", "local_kl"):
         model = copy.deepcopy(attached)

@@ -1,5 +1,4 @@
 import dataclasses
-import random
 
 import pytest
 from hypothesis import given
@@ -117,7 +116,7 @@ def test_what_is_asked_of_any_text_stands_in_it_and_is_not_given_away(text):
 def build(tiny_tokenizer):
     def build(fact, **options):
         config = FinetuneConfig(**options)
-        return build_examples(facts_to_learn([fact], config), tiny_tokenizer, None, config, random.Random(0))
+        return build_examples(facts_to_learn([fact], config), tiny_tokenizer, None, config)
 
     return build
 

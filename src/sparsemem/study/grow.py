@@ -1,7 +1,6 @@
 """A folder's memory with more slots, in a new folder: what was learned and its history go along."""
 
 import dataclasses
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def _name_states(model: Any, tokenizer: Any, usage: Usage, facts: Sequence[Fact]
     """Collect what each memory layer sees at the names of facts, in the wordings they are trained in."""
     config = FinetuneConfig()
     learned = facts_to_learn(facts, config)
-    by_fact = build_examples(learned, tokenizer, usage, config, random.Random(config.seed))
+    by_fact = build_examples(learned, tokenizer, usage, config)
     examples = [example for of_fact in by_fact for example in of_fact if any(example.is_subject)]
     seen: dict[int, list[Tensor]] = {layer.block_index: [] for layer in memory_layers(model)}
     device = next(model.parameters()).device

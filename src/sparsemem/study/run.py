@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -275,7 +274,7 @@ def _mean_of(wording: str, facts: Sequence[dict[str, list[float]]]) -> float | N
 
 def _check_stream(tokenizer: Any, facts: Sequence[Fact], usage: Usage | None, config: FinetuneConfig) -> None:
     """Raise DataError if training would leave facts out, and others have their turns."""
-    num = len(facts) - len(build_examples(facts, tokenizer, usage, config, random.Random(config.seed)))
+    num = len(facts) - len(build_examples(facts, tokenizer, usage, config))
     if num:
         raise DataError(
             f"{num} of {len(facts)} facts have nothing to learn within max_length={config.max_length}, "

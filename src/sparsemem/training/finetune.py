@@ -97,7 +97,7 @@ def finetune(
     if config.num_own_paraphrases:
         num_own, given = config.num_own_paraphrases, facts
         facts = distributed.from_main(lambda: with_own_paraphrases(model, tokenizer, given, num_own), model)
-    by_fact = build_examples(facts, tokenizer, usage, config, rng)
+    by_fact = build_examples(facts, tokenizer, usage, config)
     method = _method(model, usage, config, _earlier(by_fact, facts, taught, tokenizer, usage, config))
     num_steps = math.ceil(len(by_fact) / config.facts_per_batch) * config.num_epochs
     losses: list[float] = []
@@ -152,11 +152,11 @@ def _method(
 
 
 def build_examples(
-    facts: Sequence[Fact], tokenizer: Any, usage: Usage | None, config: FinetuneConfig, rng: random.Random
+    facts: Sequence[Fact], tokenizer: Any, usage: Usage | None, config: FinetuneConfig
 ) -> list[list[Example]]:
     """Encode the wordings of every fact, and other questions about its subject.
 
-    Facts of which nothing can be learned are left out.
+    Facts of which nothing can be learned are left out. A fact has the same wordings in whatever company.
 
     Raises:
         DataError: That is all of them.
@@ -169,7 +169,7 @@ def build_examples(
             about.setdefault(subject, []).append(fact)
     numbers = {subject: number for number, subject in enumerate(about)}
     for index, (fact, names) in enumerate(zip(facts, names_by_fact, strict=True)):
-        texts = wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
+        texts = _wordings(fact, tokenizer, config)
         # What is asked for calls up nothing.
         called = [name for name in names if not any(name in answer for answer in fact.answers)] or names
         examples = _encode(texts, index, fact, called, tokenizer, config)
@@ -208,12 +208,15 @@ def _earlier(
     for index, fact in enumerate(facts_to_learn(taught, config), len(facts)):
         subject, *_ = (*names_of(fact, tokenizer, usage), None)
         if subject in about:
-            texts = wordings(
-                fact, tokenizer, num_contexts=config.num_contexts, rng=random.Random(config.seed)
-            )
+            texts = _wordings(fact, tokenizer, config)
             examples = _within_reach(_encode(texts, index, fact, [subject], tokenizer, config))
             earlier += [dataclasses.replace(example, about=about[subject]) for example in examples]
     return [example for example in earlier if example.teaches]
+
+
+def _wordings(fact: Fact, tokenizer: Any, config: FinetuneConfig) -> list[Wording]:
+    rng = random.Random(config.seed)
+    return wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
 
 
 def _encode(
