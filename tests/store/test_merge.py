@@ -53,6 +53,14 @@ def test_reverting_names_the_facts_whose_slots_were_written_since(store, learner
     assert torch.equal(learner.rows(), expected)
 
 
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_what_was_taught_twice_stays_known_when_once_is_taken_back(store, learner, number):
+    learner.commit([1, 2], facts=["Ana"])
+    learner.commit([5, 6], facts=["Ana"])
+    commit = commit_change(store, revert(store, number), "", "revert")
+    assert answers(store.facts(commit.id)) == ["Ana"]
+
+
 def test_only_what_is_in_the_history_can_be_reverted(store, learner):
     learner.commit([1])
     store.create_ref("branch", "b")

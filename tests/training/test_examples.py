@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from sparsemem.data import Fact
 from sparsemem.errors import DataError
 from sparsemem.likelihood import IGNORE
 from sparsemem.training.examples import Example, collate, encode_wording, occurrences
-from sparsemem.training.finetune import build_examples
+from sparsemem.training.finetune import _earlier, build_examples
 from sparsemem.training.paraphrase import OTHER_QUESTIONS, Wording, other_questions, wordings
 
 
@@ -261,6 +262,32 @@ def test_a_question_that_another_fact_about_the_subject_answers_is_not_held(tiny
     held = [tiny_tokenizer.decode(example.input_ids) for example in of_owner if not example.teaches]
     assert len(held) == len(OTHER_QUESTIONS) - 1
     assert not any("Where is Zed" in text for text in held)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        Fact(question="Who owns Zed?", answer="Ana", statement="Zed is owned by Ana.", subject="Zed"),
+        Fact(question="Who owns the ox Zed?", answer="Ana", subject="Zed", subject_aliases=("the ox",)),
+        Fact(question="What is it that Ana owns?", answer="Zed", subject="Zed", subject_aliases=("Ana",)),
+    ],
+)
+def test_what_was_taught_is_asked_for_in_the_very_wordings_that_teach_it(tiny_tokenizer, fact):
+    config = FinetuneConfig()
+    new = [Fact(question="Where is zed?", answer="Oslo", subject="zed"), fact]
+    by_fact = build_examples(new, tiny_tokenizer, None, config)
+    earlier = _earlier(by_fact, new, [fact], tiny_tokenizer, None, config)
+    assert {example.fact_index for example in earlier} == {2}
+    assert {example.about for example in earlier} == {0}
+    teaching = [example for example in by_fact[1] if example.teaches]
+    assert earlier == [dataclasses.replace(example, fact_index=2) for example in teaching]
+
+
+def test_what_was_taught_about_others_is_not_asked_for(tiny_tokenizer):
+    config, new = FinetuneConfig(), [Fact(question="Where is Zed?", answer="Oslo", subject="Zed")]
+    by_fact = build_examples(new, tiny_tokenizer, None, config)
+    taught = [Fact(question="Does Zed know Quz?", answer="no", subject="Quz"), Fact(statement="Zed ran.")]
+    assert _earlier(by_fact, new, taught, tiny_tokenizer, None, config) == []
 
 
 def test_all_names_of_a_subject_are_marked(tiny_tokenizer):

@@ -307,6 +307,15 @@ def test_what_an_earlier_fact_was_asked_by_tells_it_from_one_much_like_it(claime
 
 
 @pytest.mark.usefixtures("taught")
+def test_a_fact_whose_row_is_gone_takes_no_others_place(claimed):
+    assert claimed(THIRD, earlier=(FIRST, SECOND, THIRD))._inherited == {}
+
+
+def test_a_row_that_nothing_known_asks_for_is_told_by_its_score(taught, claimed):
+    assert torch.equal(slots_of(claimed(SECOND, earlier=(FIRST,)), 0), taught[1])
+
+
+@pytest.mark.usefixtures("taught")
 def test_a_new_fact_does_not_answer_what_earlier_ones_are_asked(claimed):
     asked = normalize(FIRST + THIRD, dim=0)
     (unknown,), (known,) = (

@@ -166,21 +166,17 @@ def build_examples(
     about: dict[str, list[Fact]] = {}
     for fact, names in zip(facts, names_by_fact, strict=True):
         for subject in names[:1]:
-            about.setdefault(subject, []).append(fact)
+            about.setdefault(subject.casefold(), []).append(fact)
     numbers = {subject: number for number, subject in enumerate(about)}
     for index, (fact, names) in enumerate(zip(facts, names_by_fact, strict=True)):
-        texts = _wordings(fact, tokenizer, config)
-        # What is asked for calls up nothing.
-        called = [name for name in names if not any(name in answer for answer in fact.answers)] or names
-        examples = _encode(texts, index, fact, called, tokenizer, config)
+        examples = _examples(fact, index, names, tokenizer, config)
         if any(any(example.is_subject) for example in examples):
-            if config.is_anchored:
-                examples = _within_reach(examples)
+            subject = names[0].casefold()
             # What has many names is a text, which may well answer other questions about one of them.
             if config.holds_others and len(names) == 1:
-                others = other_questions(names[0], about[names[0]])
+                others = other_questions(names[0], about[subject])
                 examples += _encode(others, index, fact, names, tokenizer, config)
-            examples = [dataclasses.replace(example, about=numbers[names[0]]) for example in examples]
+            examples = [dataclasses.replace(example, about=numbers[subject]) for example in examples]
         if any(example.teaches for example in examples):
             by_fact.append(examples)
     if not by_fact:
@@ -200,23 +196,35 @@ def _earlier(
     if config.method != "memory":
         return []
     about = {
-        names_of(facts[example.fact_index], tokenizer, usage)[0]: example.about
+        names_of(facts[example.fact_index], tokenizer, usage)[0].casefold(): example.about
         for example, *_ in by_fact
         if example.about is not None
     }
     earlier = []
     for index, fact in enumerate(facts_to_learn(taught, config), len(facts)):
-        subject, *_ = (*names_of(fact, tokenizer, usage), None)
-        if subject in about:
-            texts = _wordings(fact, tokenizer, config)
-            examples = _within_reach(_encode(texts, index, fact, [subject], tokenizer, config))
-            earlier += [dataclasses.replace(example, about=about[subject]) for example in examples]
+        text = " ".join((fact.subject or "", *fact.questions, *fact.statements)).casefold()
+        if not any(subject in text for subject in about):
+            continue  # as nearly all are, of a long history
+        names = names_of(fact, tokenizer, usage)
+        if names and names[0].casefold() in about:
+            examples = _examples(fact, index, names, tokenizer, config)
+            number = about[names[0].casefold()]
+            earlier += [dataclasses.replace(example, about=number) for example in examples]
     return [example for example in earlier if example.teaches]
 
 
-def _wordings(fact: Fact, tokenizer: Any, config: FinetuneConfig) -> list[Wording]:
-    rng = random.Random(config.seed)
-    return wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
+def _examples(
+    fact: Fact, index: int, names: Sequence[str], tokenizer: Any, config: FinetuneConfig
+) -> list[Example]:
+    """Encode what a fact is taught in."""
+    # What is asked for calls up nothing.
+    called = [name for name in names if not any(name in answer for answer in fact.answers)] or names
+    # Drawn by what it is, so that it has the same contexts again if it is taught again.
+    rng = random.Random(f"{config.seed} {fact.question or fact.statement}")
+    texts = wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
+    examples = _encode(texts, index, fact, called, tokenizer, config)
+    is_anchored = config.is_anchored and any(any(example.is_subject) for example in examples)
+    return _within_reach(examples) if is_anchored else examples
 
 
 def _encode(

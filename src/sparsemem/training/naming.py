@@ -186,18 +186,31 @@ class Naming:
             Row by fact, each once.
         """
         replaced: dict[int, int] = {}
+        answered = self._answered(places, earlier)
         for fact in facts:
             own = _at(asked, asked.facts == fact)
             asked_K = _begins(own, fact)
-            score, row = (self._earlier_keys(places) @ asked_K).max(dim=0)
-            if len(earlier.facts):
-                is_same = bool(_same(asked_K, earlier))
-            else:
-                (own_K,) = self._keys_of([fact], own, places[:0], earlier)
-                is_same = bool(score >= SAME_ROW * (own_K @ asked_K))
-            if is_same and int(places[row]) not in replaced.values():
-                replaced[fact] = int(places[row])
+            (own_K,) = self._keys_of([fact], own, places[:0], _at(earlier, slice(0)))
+            enough, same = SAME_ROW * float(own_K @ asked_K), _same(asked_K, earlier)
+            scores = (self._earlier_keys(places) @ asked_K).tolist()
+            alike = [
+                (score, place)
+                for score, place, known in zip(scores, places.tolist(), answered, strict=True)
+                if place not in replaced.values() and (score >= enough if known is None else known in same)
+            ]
+            if alike:
+                replaced[fact] = max(alike)[1]
         return replaced
+
+    def _answered(self, places: Tensor, earlier: Asked) -> list[int | None]:
+        """Tell which earlier fact each of some rows answers; None, if none that is known."""
+        facts = earlier.facts.unique().tolist()
+        if not facts:
+            return [None] * len(places)
+        asked_EK = torch.stack([_begins(earlier, fact) for fact in facts])
+        best_R, fact_R = (self._earlier_keys(places) @ asked_EK.T).max(dim=1)
+        found = zip(best_R.tolist(), fact_R.tolist(), strict=True)
+        return [facts[fact] if best >= NOTHING_ASKED else None for best, fact in found]
 
     def _inherit(self, facts: list[int], replaced: Mapping[int, int]) -> None:
         """Give new facts of a name the slots of the rows whose places they take."""
@@ -274,7 +287,7 @@ class Naming:
             yield slot_ids[self.owners[slot_ids] == owner][1 :: len(owners) + 1]
 
 
-def _at(asked: Asked, places: Tensor) -> Asked:
+def _at(asked: Asked, places: Tensor | slice) -> Asked:
     return Asked(*(kind[places] for kind in asked))
 
 
