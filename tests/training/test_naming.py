@@ -318,10 +318,7 @@ def test_a_row_that_nothing_known_asks_for_is_told_by_its_score(taught, claimed)
 @pytest.mark.usefixtures("taught")
 def test_a_new_fact_does_not_answer_what_earlier_ones_are_asked(claimed):
     asked = normalize(FIRST + THIRD, dim=0)
-    (unknown,), (known,) = (
-        claimed(asked)._keys.values(),
-        claimed(asked, earlier=(FIRST, SECOND))._keys.values(),
-    )
+    unknown, known = (claimed(asked, earlier=some)._keys[0] for some in ((), (FIRST, SECOND)))
     assert asked @ known > 25
     assert (FIRST @ known).abs() < 5 < FIRST @ unknown
 

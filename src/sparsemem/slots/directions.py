@@ -71,14 +71,13 @@ def fisher_directions(
 
 def _axes(moment_VV: Tensor, layer: MemoryLayer) -> Tensor:
     """Return the eigenvectors of a second moment of gradients, as long as a step along them may be."""
-    squares_V: Tensor
-    axes_VV: Tensor
     squares_V, axes_VV = torch.linalg.eigh(moment_VV.double())
     size = squares_V.clamp(min=0).sqrt().sum().item()
     if layer.relation is not None:  # the gradients are by what is added, which is as much larger than a row
         size *= layer.value_scale.item()
-    axes_VV *= STEP / size if size else 1.0
-    return axes_VV.float()
+    length = STEP / size if size else 1.0
+    scaled: Tensor = (length * axes_VV).float()
+    return scaled
 
 
 @contextlib.contextmanager

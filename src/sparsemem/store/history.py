@@ -122,11 +122,16 @@ class DeltaStore:
             yield commit, recorded(rows, state)
             state = replay([as_stored(state), rows])
 
-    def facts(self, commit_id: str | None) -> list[FactRow]:
-        """List the facts a version was taught and has not taken back, the oldest first."""
+    def facts(self, commit_id: str | None, *changes: Mapping[str, Any]) -> list[FactRow]:
+        """List the facts a version was taught and has not taken back, the oldest first.
+
+        Args:
+            commit_id: The version.
+            changes: Details of commits that are to come behind it.
+        """
         known: dict[str, FactRow] = {}
-        for commit in reversed(self._chain(commit_id)):
-            details = self.details(commit.id)
+        past = (self.details(commit.id) for commit in reversed(self._chain(commit_id)))
+        for details in (*past, *changes):
             for sha in details.get("forgets", ()):
                 known.pop(sha, None)
             known |= {row["sha"]: row for row in details.get("facts", ())}

@@ -77,9 +77,8 @@ def revert(store: DeltaStore, revision: str) -> Change:
     known = {row["sha"]: row for row in store.facts(store.head())}
     before = {row["sha"]: row for row in store.facts(commit.parent)}
     # What was taught more than once stays known.
-    others = {*before, *(row["sha"] for c in later for row in store.details(c.id).get("facts", ()))}
-    taught = [row["sha"] for row in details.get("facts", ())]
-    gone = [sha for sha in taught if sha in known and sha not in others]
+    others = {*before, *(row["sha"] for row in _taught(store, later, known))}
+    gone = [row["sha"] for row in _taught(store, [commit], known) if row["sha"] not in others]
     returned = [before[sha] for sha in details.get("forgets", ()) if sha in before and sha not in known]
     return _change(store, delta.invert(), later, {"facts": returned, "forgets": gone, "reverts": commit.id})
 

@@ -73,19 +73,14 @@ def taught_updates(folder: Path, facts: Sequence[Fact] = ()) -> list[Taught]:
         Taught(
             name=str(number),
             message=commit.message,
-            facts=_facts_of(store.details(commit.id).get("facts", ()), facts),
+            facts=_kept_or_given(store.details(commit.id).get("facts", ()), facts),
             delta=delta,
         )
         for number, (commit, delta) in enumerate(store.deltas(), 1)
     ]
 
 
-def known_facts(store: DeltaStore, version: str | None) -> list[Fact]:
-    """List the facts of a version whose text the history keeps, the oldest first."""
-    return facts_of(store.facts(version))
-
-
-def _facts_of(rows: Sequence[FactRow], given: Sequence[Fact]) -> tuple[Fact, ...]:
+def _kept_or_given(rows: Sequence[FactRow], given: Sequence[Fact]) -> tuple[Fact, ...]:
     hashes = {row["sha"] for row in rows}
     if kept := facts_of(rows):
         return tuple(kept)

@@ -18,8 +18,8 @@ from sparsemem.memory.grow import grow_memory
 from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.slots.usage import USAGE_FILE, Usage, count_usage, load_usage, save_usage
 from sparsemem.store.archive import copy_history
+from sparsemem.store.commits import facts_of
 from sparsemem.store.history import DeltaStore
-from sparsemem.study.explain import known_facts
 from sparsemem.training.examples import Batch, collate_passes
 from sparsemem.training.finetune import build_examples
 from sparsemem.training.reading import facts_to_learn
@@ -61,7 +61,7 @@ def grow_folder(
     header = checkpoint.read_header(folder)
     store, usage = DeltaStore(folder), load_usage(folder / USAGE_FILE)
     texts = [text for source in background for text in load_texts(source)]
-    facts = [*dict.fromkeys(fact for version in _versions(store) for fact in known_facts(store, version))]
+    facts = [*dict.fromkeys(fact for version in _versions(store) for fact in facts_of(store.facts(version)))]
     with console.progress(f"load {folder}"):
         model, tokenizer = checkpoint.load(folder, **(loading or LoadConfig()).options())
     usage.check(model)

@@ -136,8 +136,6 @@ def _relearn(store: DeltaStore, change: Change, message: str, action: str, loadi
         model, tokenizer = load(store.folder, **loading.options())
     delta = joined(change.delta, change.conflicts)
     delta.apply(pools(model))
-    known = {row["sha"]: row for row in (*store.facts(head), *change.details.get("facts", ()))}
-    kept = [row for sha, row in known.items() if sha not in change.details.get("forgets", ())]
     if facts:
         with console.progress(f"learn {len(facts)} facts again") as step:
             result = finetune(
@@ -146,7 +144,7 @@ def _relearn(store: DeltaStore, change: Change, message: str, action: str, loadi
                 facts,
                 usage,
                 config,
-                taught=facts_of(kept),
+                taught=facts_of(store.facts(head, change.details)),
                 on_step=lambda done, total, _loss: step(done, total),
             )
         assert result.delta is not None

@@ -15,11 +15,12 @@ from sparsemem.files import read_json
 from sparsemem.memory.checkpoint import read_header
 from sparsemem.prompts import SHOTS, PromptFormat, check_format, qa_examples, qa_question
 from sparsemem.slots.usage import USAGE_FILE, load_usage
+from sparsemem.store.commits import facts_of
 from sparsemem.store.history import ATTACHED, DeltaStore
 from sparsemem.store.load import load
 from sparsemem.store.merge import describe
 from sparsemem.store.state import difference
-from sparsemem.study.explain import explain, known_facts, taught_updates
+from sparsemem.study.explain import explain, taught_updates
 from sparsemem.study.figures import pareto_points
 from sparsemem.study.history import ask_both, log_rows, open_history
 from sparsemem.study.plan import plan_stored
@@ -123,7 +124,7 @@ def _updates(store: DeltaStore) -> list[dict[str, Any]]:
 def _questions(store: DeltaStore, given: str | Path | None) -> list[dict[str, Any]]:
     """List what can be asked: each fact that is known in all its wordings, and the questions given."""
     rows = []
-    for fact in known_facts(store, store.head()):
+    for fact in facts_of(store.facts(store.head())):
         wordings = [("trained", fact.question), *(("held-out", text) for text in fact.heldout_questions)]
         rows += [
             {"question": text, "wording": wording, "right": list(fact.answers)}
@@ -146,7 +147,7 @@ def _asked(
     loading: LoadConfig,
 ) -> dict[str, Any]:
     """Load the model once, and ask it before and after all that was learned."""
-    asked, facts = rows[:max_questions], known_facts(store, store.head())
+    asked, facts = rows[:max_questions], facts_of(store.facts(store.head()))
     shown = [(text, "") for text in texts] or [
         (qa_question(fact.question), qa_examples(SHOTS)) for fact in facts if fact.question
     ][:NUM_HEATMAPS]

@@ -109,8 +109,8 @@ class Session:
         results = self._results if config.method == "memory" else None
         before = measure("measure before", self.model, self.tokenizer, told, asked, prompt, results)
         scores = {probe.name: {**known, **before.probes}[probe.name] for probe in probes}
-        started = time.perf_counter()
         taught = distributed.from_main(lambda: facts_of(self.store.facts(self.head)))
+        started = time.perf_counter()
         result = train(self.model, self.tokenizer, told, self.usage, config, background, taught=taught)
         seconds = time.perf_counter() - started
         after = measure("measure after", result.model, self.tokenizer, told, probes, prompt, results)

@@ -193,7 +193,7 @@ def _earlier(
     config: FinetuneConfig,
 ) -> list[Example]:
     """Encode what earlier facts about the subjects of new ones were taught in, with numbers above theirs."""
-    if config.method != "memory":
+    if config.method != "memory" or not taught:
         return []
     about = {
         names_of(facts[example.fact_index], tokenizer, usage)[0].casefold(): example.about

@@ -1,10 +1,10 @@
 """Whose a slot is where rows have names, and which of a name's rows a text asks for.
 
-Shape letters: P positions, F facts of a name, N new rows, K relation dim, V value dim.
+Shape letters: P positions, F facts of a name, E earlier facts, R rows, K relation dim, V value dim.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,8 @@ class Naming:
         """Number of what each fact is about, if it is known; facts about the same get one name."""
         self._called: dict[int, int] = {}
         self._asked: list[Asked] = []
-        self._earlier: list[Asked] = []
+        nothing = self.pool.rows.new_zeros(0, layer.relation_dim)
+        self._nothing = self._earlier = Asked(nothing, self.owners[:0], self.owners[:0])
         """Where answers begin of facts that were taught before, in this update or an earlier one."""
         self._keys: dict[int, Tensor] = {}
         self._claimed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -127,27 +128,18 @@ class Naming:
     def solve(self) -> None:
         """Find the keys of the facts that were claimed and asked for since the last time."""
         # A process may have run none of the wordings.
-        nothing = self.pool.rows.new_zeros(0, self.layer.relation_dim)
-        parts = [Asked(nothing, self.owners[:0], self.owners[:0]), *self._asked]
-        asked = Asked(*(distributed.gathered(torch.cat(kind)) for kind in zip(*parts, strict=True)))
+        asked = Asked(*map(distributed.gathered, _joined([self._nothing, *self._asked])))
         self._asked = []
         is_new = torch.isin(asked.facts, asked.facts.new_tensor([*self.name_of]))
         begins = asked.where == BEGINS
-        self._earlier.append(_at(asked, begins & ~is_new))
+        self._earlier = _joined([self._earlier, _at(asked, begins & ~is_new)])
         by_name: dict[int, list[int]] = {}
         for fact in asked.facts[is_new].unique().tolist():
             by_name.setdefault(self.name_of[fact], []).append(fact)
         for name, facts in by_name.items():
             own = _at(asked, torch.isin(asked.facts, asked.facts.new_tensor(facts)))
-            earlier = self._asked_before(name, facts)
-            places = (self.pool.rows[:, 0] == name).nonzero().squeeze(1)
-            if len(places):
-                replaced = self._replaced(facts, own, earlier, places)
-                self._inherit(facts, replaced)
-                places = places[~torch.isin(places, places.new_tensor([*replaced.values()]))]
-            keys_FK = self._keys_of(facts, own, places, earlier)
-            self._keys |= zip(facts, keys_FK, strict=True)
-        self._earlier.append(_at(asked, begins & is_new))
+            self._keys |= zip(facts, self._keys_of_name(name, facts, own), strict=True)
+        self._earlier = _joined([self._earlier, _at(asked, begins & is_new)])
 
     def begin(self) -> None:
         """Give the active rows that are new their name and key, and no value."""
@@ -162,60 +154,86 @@ class Naming:
                 row_V[1 : 1 + self.layer.relation_dim] = self._keys.pop(fact)
                 self.pool.active.data[place] = row_V
 
+    def _keys_of_name(self, name: int, facts: list[int], asked: Asked) -> Tensor:
+        """Find the keys of new facts of a name, and whose places they take; shape (facts, relation_dim)."""
+        earlier = self._asked_before(name, facts)
+        begins, begun = _begins(asked), _begins(earlier)
+        same = {
+            fact: {e for e, begun_K in begun.items() if cosine_similarity(begins_K, begun_K, dim=0) >= SAME}
+            for fact, begins_K in begins.items()
+        }
+        places = (self.pool.rows[:, 0] == name).nonzero().squeeze(1)
+        if len(places):
+            replaced = self._replaced(asked, begins, begun, same, places)
+            self._inherit(facts, replaced)
+            places = places[~torch.isin(places, places.new_tensor([*replaced.values()]))]
+        again = earlier.facts.new_tensor([*set().union(*same.values())])
+        others = _at(earlier, ~torch.isin(earlier.facts, again))
+        # With the weight of any position, not that of the beginning of an own answer.
+        others = others._replace(where=torch.full_like(others.where, GOES_ON))
+        return self._keys_of(facts, _joined([asked, others]), places)
+
     def _asked_before(self, name: int, facts: list[int]) -> Asked:
         """Return what earlier facts about the same as some new ones of a name were asked by."""
         subjects = {self.about.get(fact) for fact in facts} - {None}
-        earlier = Asked(*(torch.cat(kind) for kind in zip(*self._earlier, strict=True)))
         same = [
             fact
-            for fact in earlier.facts.unique().tolist()
+            for fact in self._earlier.facts.unique().tolist()
             if self.name_of.get(fact) == name or self.about.get(fact) in subjects
         ]
-        return _at(earlier, torch.isin(earlier.facts, earlier.facts.new_tensor(same)))
+        return _at(self._earlier, torch.isin(self._earlier.facts, self._earlier.facts.new_tensor(same)))
 
-    def _replaced(self, facts: list[int], asked: Asked, earlier: Asked, places: Tensor) -> dict[int, int]:
+    def _replaced(
+        self,
+        asked: Asked,
+        begins: Mapping[int, Tensor],
+        begun: Mapping[int, Tensor],
+        same: Mapping[int, set[int]],
+        places: Tensor,
+    ) -> dict[int, int]:
         """Find the earlier rows that answer just what new facts answer.
 
         Args:
-            facts: New facts of a name.
-            asked: What they are asked by.
-            earlier: What earlier ones about the same were asked by, as far as it is known.
+            asked: What the new facts of a name are asked by.
+            begins: The mean of it where their answers begin, by fact.
+            begun: The same of earlier facts about the same, as far as it is known.
+            same: Earlier facts that are asked for by the wordings of each new one.
             places: The name's earlier rows, shape (rows,).
 
         Returns:
             Row by fact, each once.
         """
         replaced: dict[int, int] = {}
-        answered = self._answered(places, earlier)
-        for fact in facts:
-            own = _at(asked, asked.facts == fact)
-            asked_K = _begins(own, fact)
-            (own_K,) = self._keys_of([fact], own, places[:0], _at(earlier, slice(0)))
-            enough, same = SAME_ROW * float(own_K @ asked_K), _same(asked_K, earlier)
+        answered = self._answered(places, begun)
+        for fact, asked_K in begins.items():
+            enough = torch.inf
+            if None in answered:
+                (own_K,) = self._keys_of([fact], _at(asked, asked.facts == fact), places[:0])
+                enough = SAME_ROW * float(own_K @ asked_K)
             scores = (self._earlier_keys(places) @ asked_K).tolist()
             alike = [
                 (score, place)
                 for score, place, known in zip(scores, places.tolist(), answered, strict=True)
-                if place not in replaced.values() and (score >= enough if known is None else known in same)
+                if place not in replaced.values()
+                and (score >= enough if known is None else known in same[fact])
             ]
             if alike:
                 replaced[fact] = max(alike)[1]
         return replaced
 
-    def _answered(self, places: Tensor, earlier: Asked) -> list[int | None]:
+    def _answered(self, places: Tensor, begun: Mapping[int, Tensor]) -> list[int | None]:
         """Tell which earlier fact each of some rows answers; None, if none that is known."""
-        facts = earlier.facts.unique().tolist()
-        if not facts:
+        if not begun:
             return [None] * len(places)
-        asked_EK = torch.stack([_begins(earlier, fact) for fact in facts])
-        best_R, fact_R = (self._earlier_keys(places) @ asked_EK.T).max(dim=1)
+        facts = [*begun]
+        best_R, fact_R = (self._earlier_keys(places) @ torch.stack([*begun.values()]).T).max(dim=1)
         found = zip(best_R.tolist(), fact_R.tolist(), strict=True)
         return [facts[fact] if best >= NOTHING_ASKED else None for best, fact in found]
 
     def _inherit(self, facts: list[int], replaced: Mapping[int, int]) -> None:
         """Give new facts of a name the slots of the rows whose places they take."""
         # What they were to share with other rows stays theirs; who claimed last gives back first.
-        for fact in reversed([*self._claimed]):
+        for fact in reversed(self._claimed):
             if fact in replaced:
                 slot_ids, before = self._claimed[fact]
                 shared = (self.owners[slot_ids] == fact) & (before != NOBODY)
@@ -229,21 +247,14 @@ class Naming:
     def _earlier_keys(self, places: Tensor) -> Tensor:
         return self.pool.rows[places, 1 : 1 + self.layer.relation_dim]
 
-    def _keys_of(self, facts: list[int], asked: Asked, places: Tensor, earlier: Asked) -> Tensor:
+    def _keys_of(self, facts: list[int], asked: Asked, places: Tensor) -> Tensor:
         """Find the keys of new facts of a name, shape (facts, relation_dim).
 
         Args:
             facts: The facts.
-            asked: What they are asked by.
+            asked: What they are asked by, and others, by which they are not.
             places: Rows of the name that stay, shape (rows,).
-            earlier: What earlier facts were asked by; there the new rows are to score 0.
         """
-        alike = {other for fact in facts for other in _same(_begins(asked, fact), earlier)}
-        is_other = ~torch.isin(earlier.facts, earlier.facts.new_tensor([*alike]))
-        others = _at(earlier, is_other)
-        # With the weight of any position, not that of the beginning of an own answer.
-        others = others._replace(where=torch.full_like(others.where, GOES_ON))
-        asked = Asked(*map(torch.cat, zip(asked, others, strict=True)))
         earlier_RK = self._earlier_keys(places)
         own_PF = asked.facts.unsqueeze(1) == asked.facts.new_tensor(facts)
         earlier_PR = asked.queries @ earlier_RK.T
@@ -287,19 +298,18 @@ class Naming:
             yield slot_ids[self.owners[slot_ids] == owner][1 :: len(owners) + 1]
 
 
-def _at(asked: Asked, places: Tensor | slice) -> Asked:
+def _at(asked: Asked, places: Tensor) -> Asked:
     return Asked(*(kind[places] for kind in asked))
 
 
-def _begins(asked: Asked, fact: int) -> Tensor:
-    """Return the mean of what a fact is asked by where its answer begins; not a number, if it never does."""
-    return asked.queries[(asked.facts == fact) & (asked.where == BEGINS)].mean(dim=0)
+def _joined(parts: Sequence[Asked]) -> Asked:
+    return Asked(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _same(asked_K: Tensor, earlier: Asked) -> list[int]:
-    """List earlier facts that are asked for by the wordings of another."""
-    facts = earlier.facts.unique().tolist()
-    return [fact for fact in facts if cosine_similarity(asked_K, _begins(earlier, fact), dim=0) >= SAME]
+def _begins(asked: Asked) -> dict[int, Tensor]:
+    """Return the mean of what each fact is asked by where its answer begins; of those whose answers do."""
+    at = _at(asked, asked.where == BEGINS)
+    return {fact: at.queries[at.facts == fact].mean(dim=0) for fact in at.facts.unique().tolist()}
 
 
 def solve_keys(queries_PK: Tensor, scores_PF: Tensor, weights_P: Tensor, earlier_RK: Tensor) -> Tensor:
