@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,8 +12,19 @@ from sparsemem.memory.attach import attach_memory, memory_layers, pools
 from sparsemem.prompts import qa_prompt
 from sparsemem.slots.usage import count_usage
 from sparsemem.training import naming as naming_module
-from sparsemem.training.finetune import finetune
-from sparsemem.training.naming import BEGINS, GOES_ON, OVER, RIDGE, Asked, Naming, solve_keys
+from sparsemem.training.examples import collate
+from sparsemem.training.finetune import build_examples, finetune
+from sparsemem.training.naming import RIDGE, Naming, solve_keys
+from sparsemem.training.questions import (
+    BEGINS,
+    GOES_ON,
+    LENGTH,
+    MOST_ROWS,
+    OVER,
+    RESUMES,
+    Asked,
+    Questions,
+)
 
 from .conftest import USAGE_OPTIONS
 
@@ -68,7 +80,7 @@ def test_what_has_several_names_has_its_rows_at_each_of_them(model, teach):
 def test_a_fact_whose_slots_are_all_taken_shares_those_of_another_name(model):
     (layer,) = memory_layers(model)
     naming = Naming(layer)
-    naming.about = {0: 0, 1: 1, 2: 1}
+    naming.questions.about = {0: 0, 1: 1, 2: 1}
     naming.claim({0: torch.arange(30)})
     naming.claim({1: torch.arange(30, 60)})
     slot_ids, _ = naming.claim({2: torch.tensor([*range(10), 30])})
@@ -133,9 +145,9 @@ def test_facts_of_one_name_are_told_apart_by_what_they_are_asked_by(model):
     (layer,) = memory_layers(model)
     naming = Naming(layer)
     naming.name_of = {0: 3, 1: 3}
-    naming._asked.append(Asked(queries, facts, where))
+    naming.questions.heard.append(Asked(queries, MOST_ROWS * facts, where))
     naming.solve()
-    scores = queries @ torch.stack([naming._keys[0], naming._keys[1]]).T
+    scores = queries @ torch.stack([naming._keys[0], naming._keys[MOST_ROWS]]).T
     own, other = scores.gather(1, facts.unsqueeze(1)), scores.gather(1, 1 - facts.unsqueeze(1))
     assert (own > other + 10).all()
 
@@ -151,9 +163,9 @@ def test_a_long_answer_does_not_drown_the_beginning_of_another(model):
     (layer,) = memory_layers(model)
     naming = Naming(layer)
     naming.name_of = {0: 3, 1: 3}
-    naming._asked.append(Asked(queries, facts, where))
+    naming.questions.heard.append(Asked(queries, MOST_ROWS * facts, where))
     naming.solve()
-    assert begins @ naming._keys[0] > begins @ naming._keys[1] + 4
+    assert begins @ naming._keys[0] > begins @ naming._keys[MOST_ROWS] + 4
 
 
 @pytest.mark.usefixtures("told_apart")
@@ -172,7 +184,7 @@ def test_a_later_row_scores_more_than_an_earlier_one_where_both_are_asked_for(mo
 def test_what_was_taught_before_is_asked_for_once(model, teach, tiny_tokenizer, usage, monkeypatch):
     seen = []
     solve = Naming.solve
-    monkeypatch.setattr(Naming, "solve", lambda self: (seen.append(len(self._asked)), solve(self)))
+    monkeypatch.setattr(Naming, "solve", lambda self: (seen.append(len(self.questions.heard)), solve(self)))
     config = FinetuneConfig(num_epochs=2, top_t=64)
     kept = {}
     for name, taught in {"none": (), "other": (OTHER,), "same": (OTHER, PLACE)}.items():
@@ -205,7 +217,7 @@ def test_where_an_answer_is_over_its_row_is_not_asked_for(model):
     naming = Naming(layer)
     naming.name_of = {0: 3}
     where = torch.tensor([BEGINS, GOES_ON, OVER])
-    naming._asked.append(Asked(torch.stack([begins, goes_on, over]), torch.zeros(3).long(), where))
+    naming.questions.heard.append(Asked(torch.stack([begins, goes_on, over]), torch.zeros(3).long(), where))
     naming.solve()
     key = naming._keys[0]
     assert begins @ key > 25
@@ -216,11 +228,63 @@ def test_where_an_answer_is_over_its_row_is_not_asked_for(model):
 @pytest.mark.parametrize("fact", [OWNER, Fact(statement="Ana owns Zed, and Bo knows Zed.", answer="Bo")])
 def test_the_last_token_of_an_answer_is_where_it_is_over(model, tiny_tokenizer, usage, fact, monkeypatch):
     seen = []
-    monkeypatch.setattr(Naming, "solve", lambda self: seen.extend(self._asked))
+    monkeypatch.setattr(Naming, "solve", lambda self: seen.extend(self.questions.heard))
     config = FinetuneConfig(num_epochs=1, top_t=64)
     finetune(model, tiny_tokenizer, [dataclasses.replace(fact, subject="Zed")], usage, config)
     where = torch.cat([asked.where for asked in seen])
     assert (where == OVER).sum() == (where == BEGINS).sum() > 0
+
+
+LONG = dataclasses.replace(OWNER, answer="Ana, Bo, Carl and Dora of the old mill")
+
+
+def num_rows(tokenizer, fact):
+    return math.ceil(len(tokenizer(" " + fact.answer, add_special_tokens=False)["input_ids"]) / LENGTH)
+
+
+def test_a_long_answer_takes_several_rows_that_divide_the_slots(model, tiny_tokenizer, teach):
+    teach(LONG)
+    ((_, rows),) = rows_by_name(model).items()
+    (pool,) = pools(model).values()
+    assert len(rows) == num_rows(tiny_tokenizer, LONG) > 2
+    assert pool.holders.max() - pool.holders.min() <= 1
+
+
+def test_what_tells_that_an_answer_is_over_is_no_part_of_it(tiny_tokenizer, config):
+    (examples,) = build_examples([OWNER], tiny_tokenizer, None, config)
+    length = len(tiny_tokenizer(" Ana", add_special_tokens=False)["input_ids"])
+    assert max(e.num_said for e in examples if e.teaches) == length
+    assert max(e.num_labels for e in examples if e.teaches) > length
+
+
+@torch.no_grad()
+def test_each_row_is_asked_for_where_its_part_is_to_be_said(model, tiny_tokenizer, config):
+    (layer,) = memory_layers(model)
+    questions = Questions(layer)
+    examples = [e for e in build_examples([LONG], tiny_tokenizer, None, config)[0] if e.teaches]
+    questions.introduce(examples)
+    part = collate(examples)
+    with questions.asked_in(part):
+        model(part.input_ids, attention_mask=part.attention_mask, use_cache=False)
+    asked = questions.take()
+    said = asked.at(asked.where != OVER)
+    num_rows = questions.num_rows(0)
+    assert said.rows.unique().tolist() == [*range(num_rows)]
+    assert torch.bincount(said.rows).max() <= len(examples) * LENGTH
+    assert asked.at(asked.where == BEGINS).rows.unique().tolist() == [0]
+    assert asked.at(asked.where == RESUMES).rows.unique().tolist() == [*range(1, num_rows)]
+    assert asked.at(asked.where == OVER).rows.unique().tolist() == [num_rows - 1]
+    assert [*asked.starts()] == [*range(num_rows)]
+
+
+def test_what_follows_the_end_of_an_answer_asks_for_its_last_row(model, tiny_tokenizer, config):
+    (layer,) = memory_layers(model)
+    questions = Questions(layer)
+    examples = [e for e in build_examples([LONG], tiny_tokenizer, None, config)[0] if e.teaches]
+    short = [dataclasses.replace(e, over=e.over - 7) for e in examples]
+    questions.introduce(short)
+    rows, where = questions._places(collate(short))
+    assert rows[where >= 0].max() == questions.num_rows(0) - 1
 
 
 # Made up, as the states of a random model tell no two questions apart.
@@ -236,11 +300,12 @@ def claimed(model):
     def claimed(*queries, earlier=()):
         naming = Naming(layer)
         for fact, query in enumerate([*queries, *earlier]):
-            naming.about[fact] = 0
+            naming.questions.about[fact] = 0
             if fact < len(queries):
                 naming.claim({fact: SLOTS})
             where = torch.full((4,), BEGINS)
-            naming._asked.append(Asked(query.expand(4, -1), torch.full((4,), fact), where))
+            rows = torch.full((4,), fact * MOST_ROWS)
+            naming.questions.heard.append(Asked(query.expand(4, -1), rows, where))
         naming.solve()
         return naming
 
@@ -253,9 +318,9 @@ def taught(model, claimed):
     (pool,) = pools(model).values()
     naming = claimed(FIRST, SECOND)
     rows = torch.zeros(2, pool.value_dim)
-    rows[:, 0], rows[:, 1:7] = naming.name_of[0], torch.stack([naming._keys[0], naming._keys[1]])
-    pool.write(SLOTS, rows, naming.owners[SLOTS])
-    return {fact: (naming.owners == fact).nonzero().squeeze(1) for fact in (0, 1)}
+    rows[:, 0], rows[:, 1:7] = naming.name_of[0], torch.stack([naming._keys[0], naming._keys[MOST_ROWS]])
+    pool.write(SLOTS, rows, naming.owners[SLOTS] // MOST_ROWS)
+    return {fact: (naming.owners // MOST_ROWS == fact).nonzero().squeeze(1) for fact in (0, 1)}
 
 
 def slots_of(naming, fact):
@@ -323,10 +388,52 @@ def test_a_new_fact_does_not_answer_what_earlier_ones_are_asked(claimed):
     assert (FIRST @ known).abs() < 5 < FIRST @ unknown
 
 
+def hear_long_answer(naming, fact, *queries):
+    """Let a fact be asked for by one query for each of its rows."""
+    naming.questions.about[fact] = 0
+    naming.questions._lengths[fact] = LENGTH * len(queries)
+    rows = fact * MOST_ROWS + torch.arange(len(queries))
+    where = torch.tensor([BEGINS] + [RESUMES] * (len(queries) - 1))
+    naming.questions.heard.append(Asked(torch.stack(queries), rows, where))
+
+
+@pytest.mark.parametrize("queries", [(FIRST, SECOND), (FIRST,), (FIRST, THIRD), (FIRST, SECOND, THIRD)])
+def test_what_is_taught_again_takes_the_place_of_all_rows_of_a_long_answer(model, queries):
+    (layer,) = memory_layers(model)
+    earlier = Naming(layer)
+    hear_long_answer(earlier, 0, FIRST, SECOND)
+    earlier.claim({0: SLOTS})
+    earlier.solve()
+    rows = torch.zeros(2, layer.pool.value_dim)
+    rows[:, 0], rows[:, 1:7] = earlier.name_of[0], torch.stack([*earlier._keys.values()])
+    layer.pool.write(SLOTS, rows, earlier.owners[SLOTS])
+    again = Naming(layer)
+    hear_long_answer(again, 0, *queries)
+    hear_long_answer(again, 1, FIRST, SECOND)
+    again.claim({0: SLOTS})
+    again.solve()
+    slot_ids, tags = again.claim({0: SLOTS})
+    assert torch.equal(slot_ids, SLOTS)
+    assert len(tags.unique()) == len(queries)
+    assert FIRST @ again._keys[0] < 33
+
+
+def test_of_an_answer_with_more_rows_than_slots_each_row_says_more(model):
+    (layer,) = memory_layers(model)
+    naming = Naming(layer)
+    queries = normalize(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    hear_long_answer(naming, 0, *queries)
+    _, tags = naming.claim({0: torch.arange(2)})
+    naming.solve()
+    assert (tags - naming.pool.num_slots).tolist() == [*naming._keys] == [0, 1]
+    scores = queries @ torch.stack([*naming._keys.values()]).T
+    assert scores.argmax(dim=1).tolist() == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.usefixtures("taught")
 def test_a_text_that_begins_with_the_name_takes_no_place(model, tiny_tokenizer, usage, monkeypatch):
     seen = []
-    monkeypatch.setattr(Naming, "solve", lambda self: seen.extend(self._asked))
+    monkeypatch.setattr(Naming, "solve", lambda self: seen.extend(self.questions.heard))
     config = FinetuneConfig(num_epochs=1, top_t=64)
     finetune(model, tiny_tokenizer, [Fact(statement="Zed sells boats.", subject="Zed")], usage, config)
     where = torch.cat([asked.where for asked in seen])

@@ -40,6 +40,12 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:])
 
     @property
+    def num_said(self) -> int:
+        """Tokens of them that belong to the answer, and not to what tells that it is over."""
+        end = None if self.over is None else self.over + 1
+        return sum(label != IGNORE for label in self.labels[1:end])
+
+    @property
     def start(self) -> int:
         """The first token whose prediction matters, or that a memory is to answer."""
         if not any(self.is_subject):

@@ -124,7 +124,7 @@ class SparseMemory:
         if self.naming is not None:
             self._ask_taught(self.naming)
             for batch in batches:
-                self.naming.about |= {texts[0].fact_index: texts[0].about for texts in batch}
+                self.naming.questions.introduce(itertools.chain(*batch))
                 for of_batch in self._beforehand(batch).values():
                     self.naming.claim(of_batch)
             self.naming.solve()
@@ -132,11 +132,11 @@ class SparseMemory:
     def _ask_taught(self, naming: Naming) -> None:
         """See once what earlier facts were asked by."""
         taught, self.taught = self.taught, ()
-        naming.about |= {example.fact_index: example.about for example in taught}
+        naming.questions.introduce(taught)
         device = next(self.model.parameters()).device
         passes = collate_passes(distributed.share(taught), device)
         for part, counts in distributed.in_step(self.model, passes, lambda: collate(taught[:1], device)):
-            with naming.asked(part) if counts else contextlib.nullcontext():
+            with naming.questions.asked_in(part) if counts else contextlib.nullcontext():
                 inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
                 observe_reads(self.model, lambda *_: None, naming.layer.beside.last, **inputs)
 
@@ -247,7 +247,7 @@ class SparseMemory:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.cache.reuse(part))
                 if self.naming is not None and counts:
-                    stack.enter_context(self.naming.asked(part))
+                    stack.enter_context(self.naming.questions.asked_in(part))
                 through = None if self.naming is None else self.naming.layer.beside.last
                 observe_reads(self.model, collect, through, **inputs)
         return {name: self._select(name, collected) for name, collected in countable.items()}

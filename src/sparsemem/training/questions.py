@@ -1,0 +1,135 @@
+"""What facts are asked by, and which of its rows says each part of an answer.
+
+Shape letters: B examples, T tokens, P positions, K relation dim.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sparsemem import distributed
+from sparsemem.likelihood import before_labels
+from sparsemem.memory.layer import MemoryLayer
+from sparsemem.training.examples import Batch, Example
+
+LENGTH = 5
+"""Tokens of an answer that one row says. What a row adds is the same at each of them: enough for a name, and
+too little for a sentence. With 4 sentences are learned no better, with 6 worse (experiments/fictional)."""
+MOST_ROWS = 256
+"""Rows of one fact, at most. Row n of fact f goes by the number `f * MOST_ROWS + n`."""
+BEGINS, RESUMES, GOES_ON, OVER = range(4)
+"""Where a text is: before an answer, before what a further row says of it, within what one says, and at the
+last token of the answer."""
+
+
+class Asked(NamedTuple):
+    """Queries by which facts are asked for.
+
+    Args:
+        queries: Of length 1, shape (positions, relation_dim).
+        rows: Number of the row that is to say what follows, shape (positions,), int64.
+        where: `BEGINS`, `RESUMES`, `GOES_ON` or `OVER`, same shape, int64.
+    """
+
+    queries: Tensor
+    rows: Tensor
+    where: Tensor
+
+    @property
+    def facts(self) -> Tensor:
+        """The fact that each is about, shape (positions,)."""
+        return self.rows // MOST_ROWS
+
+    @property
+    def is_start(self) -> Tensor:
+        """Where a row's part of an answer begins, shape (positions,)."""
+        return (self.where == BEGINS) | (self.where == RESUMES)
+
+    def at(self, positions: Tensor) -> "Asked":
+        """Take some of them."""
+        return Asked(*(kind[positions] for kind in self))
+
+    def starts(self) -> dict[int, Tensor]:
+        """Return the mean of what each row is asked by where its part begins; of those whose part does."""
+        at = self.at(self.is_start)
+        return {row: at.queries[at.rows == row].mean(dim=0) for row in at.rows.unique().tolist()}
+
+
+def joined(parts: Sequence[Asked]) -> Asked:
+    """Put some behind one another."""
+    return Asked(*map(torch.cat, zip(*parts, strict=True)))
+
+
+class Questions:
+    """Listens to what facts are asked by, while their wordings run.
+
+    Args:
+        layer: A memory layer with relations.
+    """
+
+    def __init__(self, layer: MemoryLayer) -> None:
+        self.layer = layer
+        self.about: dict[int, int | None] = {}
+        """Number of what each fact is about, if it is known."""
+        self.heard: list[Asked] = []
+        """What was heard by this process since `take`."""
+        self._lengths: dict[int, int] = {}
+        nothing = layer.pool.slot_to_row[:0].long()
+        self.nothing = Asked(layer.pool.rows.new_zeros(0, layer.relation_dim), nothing, nothing)
+
+    def introduce(self, examples: Iterable[Example]) -> None:
+        """Say what facts are about, and how long their answers are."""
+        for example in examples:
+            fact = example.fact_index
+            self.about[fact] = example.about
+            self._lengths[fact] = max(self._lengths.get(fact, 1), example.num_said)
+
+    def num_rows(self, fact: int) -> int:
+        """How many rows the answer to a fact takes."""
+        return min(MOST_ROWS, -(-self._lengths.get(fact, 1) // LENGTH))
+
+    @contextlib.contextmanager
+    def asked_in(self, part: Batch) -> Iterator[None]:
+        """Within this context a pass of `part` up to where rows answer is listened to."""
+
+        def keep(_block: Any, _args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            rows_BT, where_BT = self._places(part)
+            positions = where_BT >= 0
+            assert self.layer.relation is not None
+            queries_PK = normalize(self.layer.relation(hidden[positions].float()), dim=-1)
+            self.heard.append(Asked(queries_PK, rows_BT[positions], where_BT[positions]))
+
+        # In front: others may end the pass there.
+        handle = self.layer.beside.last.register_forward_hook(keep, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def take(self) -> Asked:
+        """Return what was heard by all processes since the last time."""
+        heard, self.heard = joined([self.nothing, *self.heard]), []  # a process may have run no wording
+        return Asked(*map(distributed.gathered, heard))
+
+    def _places(self, part: Batch) -> tuple[Tensor, Tensor]:
+        """Tell which row is asked for at each token of a batch, and where of it; -1 where none is."""
+        before = before_labels(part.labels)
+        facts = part.fact_index.tolist()
+        numbers = [(self.num_rows(fact), self._lengths.get(fact, 1)) for fact in facts]
+        num_rows_B1, length_B1 = part.labels.new_tensor(numbers).T.unsqueeze(-1)
+        place_BT = (before.cumsum(dim=1) - 1).clamp(min=0).minimum(length_B1 - 1)
+        row_BT = place_BT * num_rows_B1 // length_B1
+        resumes = before & (row_BT.diff(dim=1, prepend=row_BT[:, :1]) > 0)
+        where_BT = torch.where(resumes, RESUMES, GOES_ON)
+        # A text that is learned whole goes on after the name: nothing was asked yet.
+        where_BT = torch.where((place_BT == 0) & ~part.is_subject, BEGINS, where_BT)
+        where_BT = torch.where(before, where_BT, -1)
+        for number, (example, start) in enumerate(zip(part.examples, part.starts, strict=True)):
+            if example.teaches and example.over is not None:
+                where_BT[number, example.over - start] = OVER
+        return part.fact_index.unsqueeze(1) * MOST_ROWS + row_BT, where_BT
