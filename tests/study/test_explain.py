@@ -187,6 +187,26 @@ def test_slots_belong_to_the_fact_whose_subject_reads_them(parts):
     assert sum(counts.values()) == result["updates"][0]["num_reads"]
 
 
+def test_rows_of_one_name_belong_to_the_facts_about_it_though_another_reads_some_of_them_more(parts):
+    model, tokenizer, usage = parts
+    zed, quz = (slots_read(model, tokenizer, word) for word in (" Zed", "Quz"))
+    only_quz = quz[~torch.isin(quz, zed)]
+    # As many slots that only one reads as make its share of the name's slots plain.
+    name = torch.cat([zed[~torch.isin(zed, quz)], only_quz[:1]]).unique()
+    delta = write(model, name, 0, "1").delta
+    rows = delta.changes["layer_1"].after.clone()
+    rows[:, 1:] = torch.randn(rows[:, 1:].shape, generator=torch.Generator().manual_seed(1))
+    pool = pools(model)["layer_1"]
+    recorder = DeltaRecorder(pools(model))
+    recorder.record("layer_1", name)
+    pool.write(name, rows)
+    update = Taught("1", "two facts", (ZED, QUZ), delta.compose(recorder.delta()))
+    result = explain(model, tokenizer, usage, [update], "Quz met Zed")
+    facts = {slot["slot"]: slot["fact"] for token in result["tokens"] for slot in token["slots"]}
+    assert int(only_quz[0]) in facts
+    assert facts[int(only_quz[0])] != "Quz is made of tin."
+
+
 def test_a_prompt_is_read_and_not_listed(parts):
     model, tokenizer, usage = parts
     update = write(model, slots_read(model, tokenizer, "Zed"), 0, "1")

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
+from sparsemem.likelihood import IGNORE
 from sparsemem.memory.attach import attach_memory, memory_layers, pools
 from sparsemem.prompts import qa_prompt
 from sparsemem.slots.usage import count_usage
@@ -20,6 +21,7 @@ from sparsemem.training.questions import (
     GOES_ON,
     LENGTH,
     MOST_ROWS,
+    NOWHERE,
     OVER,
     RESUMES,
     Asked,
@@ -287,6 +289,39 @@ def test_what_follows_the_end_of_an_answer_asks_for_its_last_row(model, tiny_tok
     assert rows[where >= 0].max() == questions.num_rows(0) - 1
 
 
+def test_what_is_left_out_of_an_answer_counts(model, tiny_tokenizer, config):
+    # Where the subject stands in the answer nothing before it is learned, unless it is named before.
+    fact = dataclasses.replace(
+        OWNER, answer="that is old Zed of the mill", paraphrases=("About Zed: that is old Zed of the mill.",)
+    )
+    (layer,) = memory_layers(model)
+    questions = Questions(layer)
+    (examples,) = build_examples([fact], tiny_tokenizer, None, config)
+    (whole,) = (e for e in examples if "About" in tiny_tokenizer.decode(e.input_ids) and not e.num_left_out)
+    begins = next(place for place, label in enumerate(whole.labels) if label != IGNORE)
+    marks = tuple(place > begins and is_named for place, is_named in enumerate(whole.is_subject))
+    cut = dataclasses.replace(whole, is_subject=marks).after_subject()
+    assert whole.num_said == cut.num_left_out + cut.num_said > cut.num_said > 0
+    questions.introduce([whole, cut])
+    rows, where = questions._places(collate([whole, cut]))
+    both = (where != NOWHERE).all(dim=0)
+    assert both.any()
+    assert torch.equal(rows[0, both], rows[1, both])
+    assert not (where[1] == BEGINS).any()
+
+
+def test_an_answer_begins_once(model, tiny_tokenizer, config):
+    (layer,) = memory_layers(model)
+    questions = Questions(layer)
+    (example, *_) = build_examples([OWNER], tiny_tokenizer, None, config)[0]
+    first = next(place for place, label in enumerate(example.labels) if label != IGNORE)
+    short = dataclasses.replace(example, over=first)  # with an ending of several tokens
+    assert short.num_labels > short.num_said + 1 == 2
+    questions.introduce([short])
+    _, where = questions._places(collate([short]))
+    assert (where == BEGINS).sum() == (where == OVER).sum() == 1
+
+
 # Made up, as the states of a random model tell no two questions apart.
 FIRST, SECOND, THIRD = normalize(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), dim=1)
 SLOTS = torch.arange(30)
@@ -397,16 +432,31 @@ def hear_long_answer(naming, fact, *queries):
     naming.questions.heard.append(Asked(torch.stack(queries), rows, where))
 
 
+def write_rows(naming):
+    """Put the rows of a solved naming into the pool, without values."""
+    slot_ids, tags = naming.claim({fact: naming._claimed[fact][0] for fact in naming.name_of})
+    numbers, row_of = (tags - naming.pool.num_slots).unique(return_inverse=True)
+    rows = torch.zeros(len(numbers), naming.pool.value_dim)
+    for row, number in zip(rows, numbers.tolist(), strict=True):
+        row[0], row[1:7] = naming.name_of[number // MOST_ROWS], naming._keys[number]
+    naming.pool.write(slot_ids, rows, row_of)
+
+
+@pytest.fixture
+def long_answer(model):
+    """A fact whose answer takes two rows, which are written."""
+    (layer,) = memory_layers(model)
+    naming = Naming(layer)
+    hear_long_answer(naming, 0, FIRST, SECOND)
+    naming.claim({0: SLOTS})
+    naming.solve()
+    write_rows(naming)
+
+
+@pytest.mark.usefixtures("long_answer")
 @pytest.mark.parametrize("queries", [(FIRST, SECOND), (FIRST,), (FIRST, THIRD), (FIRST, SECOND, THIRD)])
 def test_what_is_taught_again_takes_the_place_of_all_rows_of_a_long_answer(model, queries):
     (layer,) = memory_layers(model)
-    earlier = Naming(layer)
-    hear_long_answer(earlier, 0, FIRST, SECOND)
-    earlier.claim({0: SLOTS})
-    earlier.solve()
-    rows = torch.zeros(2, layer.pool.value_dim)
-    rows[:, 0], rows[:, 1:7] = earlier.name_of[0], torch.stack([*earlier._keys.values()])
-    layer.pool.write(SLOTS, rows, earlier.owners[SLOTS])
     again = Naming(layer)
     hear_long_answer(again, 0, *queries)
     hear_long_answer(again, 1, FIRST, SECOND)
@@ -418,14 +468,90 @@ def test_what_is_taught_again_takes_the_place_of_all_rows_of_a_long_answer(model
     assert FIRST @ again._keys[0] < 33
 
 
+@pytest.mark.usefixtures("long_answer")
+def test_of_an_answer_that_is_not_known_the_same_rows_are_found(model):
+    (layer,) = memory_layers(model)
+    naming = Naming(layer)
+    hear_long_answer(naming, 0, FIRST, SECOND)
+    naming.claim({0: SLOTS})
+    naming.solve()
+    assert torch.equal(naming.claim({0: SLOTS})[0], SLOTS)
+
+
+def test_another_question_takes_no_place_in_the_middle_of_an_answer(model):
+    (layer,) = memory_layers(model)
+    first, second, third, *_ = torch.eye(6)
+    for queries in [(first, second), (third, second)]:
+        naming = Naming(layer)
+        hear_long_answer(naming, 0, *queries)
+        naming.claim({0: SLOTS})
+        naming.solve()
+        assert naming._inherited == {}
+        write_rows(naming)
+
+
+@pytest.mark.parametrize("likeness", [0.3, 0.5, 0.7])
+def test_a_correction_takes_no_row_of_a_fact_that_is_not_known(model, claimed, likeness):
+    (pool,) = pools(model).values()
+    other = likeness * FIRST + (1 - likeness**2) ** 0.5 * normalize(SECOND - (SECOND @ FIRST) * FIRST, dim=0)
+    write_rows(claimed(FIRST))
+    (own,) = pool.slot_to_row[SLOTS].unique()
+    write_rows(claimed(other))
+    naming = claimed(FIRST, earlier=(FIRST,))
+    assert (pool.slot_to_row[naming._inherited[0]] == own).all()
+
+
+def test_a_fact_whose_row_is_gone_takes_no_row_of_one_that_is_not_known(claimed):
+    write_rows(claimed(normalize(FIRST + 2 * (SECOND - (SECOND @ FIRST) * FIRST), dim=0)))
+    assert claimed(FIRST, earlier=(FIRST,))._inherited == {}
+
+
+def test_rows_of_one_answer_need_not_be_told_apart_as_those_of_two(model):
+    (layer,) = memory_layers(model)
+    naming = Naming(layer)
+    hear_long_answer(naming, 0, FIRST, SECOND)
+    hear_long_answer(naming, 1, THIRD)
+    naming.claim({0: SLOTS, 1: SLOTS})
+    naming.solve()
+    first, second, other = (naming._keys[row] for row in (0, 1, MOST_ROWS))
+    assert FIRST @ first > FIRST @ second + 8 > FIRST @ other + 16
+    assert FIRST @ second > 10 > SECOND @ other
+
+
+def test_facts_share_the_slots_of_a_name_by_how_many_rows_they_want(model):
+    (layer,) = memory_layers(model)
+    naming = Naming(layer)
+    slot_ids = torch.arange(240)
+    for fact, num_rows in enumerate([12, 12, 12, 1, 1]):
+        naming.questions.about[fact] = 0
+        naming.questions._lengths[fact] = num_rows * LENGTH
+        naming.claim({fact: slot_ids})
+    number = torch.bincount(naming.owners[slot_ids] // MOST_ROWS).tolist()
+    assert all(abs(n - 80) < 10 for n in number[:3])
+    assert all(0 < n < 10 for n in number[3:])
+
+
+def test_where_many_rows_are_a_further_fact_still_gets_slots(model):
+    (layer,) = memory_layers(model)
+    for number in range(30):
+        naming = Naming(layer)
+        query = normalize(torch.randn(12, 6, generator=torch.Generator().manual_seed(number)), dim=1)
+        hear_long_answer(naming, 0, *query)
+        slot_ids, _ = naming.claim({0: torch.arange(240)})
+        assert len(slot_ids) > 1
+        naming.solve()
+        write_rows(naming)
+
+
 def test_of_an_answer_with_more_rows_than_slots_each_row_says_more(model):
     (layer,) = memory_layers(model)
     naming = Naming(layer)
     queries = normalize(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)), dim=1)
     hear_long_answer(naming, 0, *queries)
-    _, tags = naming.claim({0: torch.arange(2)})
+    naming.claim({0: torch.arange(5)})
     naming.solve()
-    assert (tags - naming.pool.num_slots).tolist() == [*naming._keys] == [0, 1]
+    _, tags = naming.claim({0: torch.arange(5)})
+    assert (tags - naming.pool.num_slots).unique().tolist() == [*naming._keys] == [0, 1]
     scores = queries @ torch.stack([*naming._keys.values()]).T
     assert scores.argmax(dim=1).tolist() == [0, 0, 0, 1, 1, 1]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemem.data import Fact
-from sparsemem.memory.attach import observe_reads
+from sparsemem.memory.attach import observe_reads, pools
 from sparsemem.memory.delta import SparseDelta
 from sparsemem.memory.layer import MemoryLayer, Reads
 from sparsemem.memory.rows import distinct
@@ -24,6 +24,9 @@ from sparsemem.training.paraphrase import Wording
 FIRES_FROM = 0.05
 """Agreement from which a token counts as answered: a twentieth of the full answer. Below it, what its
 reads found written they found by accident."""
+ABOUT_AS_MUCH = 0.5
+"""Share of the weight that a name's slots get from the fact that reads them most, from which on another fact
+may be about the same name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +147,29 @@ def name_facts(
     """Say of the slots that tokens read of an update for which of its facts they were written.
 
     That is the fact whose subject reads them most; the first of several of one subject. Slots that hold
-    one row were written for one fact, so they are asked about together.
+    one row were written for one fact, so they are asked about together; but where rows have names only facts
+    that read the name's slots about as much as any other come into question.
     """
+    if not update.facts:
+        return
     slots = [slot for token in tokens for slot in token.slots if slot.update == update.name]
-    asked, rows = {}, {}
+    asked, rows, names = {}, {}, {}
     for pool, change in update.delta.changes.items():
         read = torch.tensor([slot.slot for slot in slots if slot.pool == pool], dtype=torch.int64)
         row_of = distinct(change.after)[1]
-        is_asked = torch.isin(row_of, row_of[torch.isin(change.slot_ids, read)])
+        name_of = change.after[:, 0] if pools(model)[pool].has_names else row_of
+        is_asked = torch.isin(name_of, name_of[torch.isin(change.slot_ids, read)])
         asked[pool] = change.slot_ids[is_asked]
-        rows[pool] = row_of[is_asked].unique(return_inverse=True)[1]
+        rows[pool], names[pool] = (
+            kind[is_asked].unique(return_inverse=True)[1] for kind in (row_of, name_of)
+        )
     owners = {}
     for pool, weights in _subject_weights(model, tokenizer, usage, update.facts, asked).items():
-        of_rows = weights.new_zeros(weights.shape).index_add_(1, rows[pool], weights)
-        owner = most_weight(of_rows)[rows[pool]]
+        of_rows, of_names = (
+            weights.new_zeros(weights.shape).index_add_(1, kind[pool], weights)[:, kind[pool]]
+            for kind in (rows, names)
+        )
+        owner = most_weight(of_rows * (of_names >= ABOUT_AS_MUCH * of_names.amax(dim=0)))
         owners.update(
             {(pool, slot): fact for slot, fact in zip(asked[pool].tolist(), owner.tolist(), strict=True)}
         )

@@ -33,6 +33,8 @@ class Example:
     """Number of its fact's subject, if it has one: the same for all facts about it."""
     over: int | None = None
     """Place of the last token of the answer; None where it is cut off."""
+    num_left_out: int = 0
+    """Tokens of the answer before the first that is learned."""
 
     @property
     def num_labels(self) -> int:
@@ -41,7 +43,7 @@ class Example:
 
     @property
     def num_said(self) -> int:
-        """Tokens of them that belong to the answer, and not to what tells that it is over."""
+        """Tokens that are learned and belong to the answer, not to what tells that it is over."""
         end = None if self.over is None else self.over + 1
         return sum(label != IGNORE for label in self.labels[1:end])
 
@@ -62,7 +64,8 @@ class Example:
         """Leave only the labels behind the first token of the subject; none, where it is not named."""
         begins = self.is_subject.index(True) if any(self.is_subject) else len(self.labels)
         labels = (label if place > begins else IGNORE for place, label in enumerate(self.labels))
-        return dataclasses.replace(self, labels=tuple(labels))
+        left_out = sum(label != IGNORE for label in self.labels[1 : begins + 1])
+        return dataclasses.replace(self, labels=tuple(labels), num_left_out=left_out)
 
 
 FactBatch = tuple[tuple[Example, ...], ...]

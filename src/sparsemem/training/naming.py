@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sparsemem.memory.layer import NOTHING_ASKED, MemoryLayer
 from sparsemem.memory.pool import IN_BASE
-from sparsemem.training.questions import GOES_ON, MOST_ROWS, OVER, Asked, Questions, joined
+from sparsemem.training.questions import GOES_ON, MOST_ROWS, OVER, Asked, Questions, fact_of, joined
 
 NOBODY = -1
 """Owner of a slot that holds nothing. A row of this update has its number, an earlier row one below this."""
@@ -20,6 +20,10 @@ SCORES = 32.0, 26.0, 26.0, 0.0
 WEIGHTS = 4.0, 1.0, 1.0, 1.0
 """Weight of the squared error there. A long answer has one beginning among dozens of tokens, and goes on
 rightly only where it began so. Where it is over, it would be said again if its row were still asked for."""
+SAME_ANSWER = 16.0
+"""What a row is to score where another says its part of the same answer: too little to be heard, and yet not
+nothing. Else the rows of one answer would have to be told apart as strictly as those of two, and little be
+left of what they share, by which they are found in other wordings (experiments/fictional)."""
 SAME = 0.98
 """Cosine from which on two facts are asked for by the same wordings, where answers begin. Different facts
 about one person have at most 0.80, those about one author of TOFU 0.96."""
@@ -27,6 +31,10 @@ SAME_ROW = 0.95
 """Share of what a new row would score where its answer begins, from which on an earlier one is taken to
 answer the same, if it is not known what that was asked by. At one another's questions rows of facts about one
 person score at most 0.9 of it; of TOFU, in one pair of a hundred, more."""
+SAME_ROW_KNOWN = 19.5
+"""Score from which on a row is taken to be one of an earlier fact's, where that begins to be answered."""
+SLOTS_PER_ROW = 2
+"""Slots that each row of a long answer gets at least, so that later facts find some to share."""
 RIDGE = 0.1
 """Weight of the squared length of a key beside the squared error of a score. Ordinary text asks in all
 directions alike, so what it scores in the mean grows with that length."""
@@ -36,14 +44,15 @@ class Naming:
     """Gives each fact slots of its name, and each new row its name and first key.
 
     What is read at a name says which name it is; what a text asks for then chooses among the rows of that
-    name. So it does not matter how many of a name's slots hold a row: a further fact takes an equal share of
-    those of the others, which stay as they are. A long answer takes several rows, which divide its slots.
+    name. So it does not matter how many of a name's slots hold a row: a further fact takes a share of those
+    of the others, as large as its part of all their rows, and what they are stays as it is.
 
     A key is found in closed form. What is asked depends on blocks that nothing is ever added to, so all of it
     is known before training: the keys of a name's facts are those that score best, by `solve_keys`.
 
     One question has one answer: a fact that is asked for just as an earlier one was takes its place. Beside
-    it, a key would have to be twice as long, and ordinary text ask for it far more often.
+    it, a key would have to be twice as long, and ordinary text ask for it far more often. Of a long answer
+    that is not known from `taught` only the rows that the new one asks for are found.
 
     Args:
         layer: The only memory layer, one with relations.
@@ -60,11 +69,13 @@ class Naming:
         self._earlier = self.questions.nothing
         """Where rows begin to answer facts that were taught before, in this update or an earlier one."""
         self._keys: dict[int, Tensor] = {}
-        self._num_rows: dict[int, int] = {}
+        """Of each row that was not begun yet."""
         self._claimed: dict[int, tuple[Tensor, Tensor]] = {}
         """Slots that each fact claimed, and whose they were."""
         self._inherited: dict[int, Tensor] = {}
         """Slots of the rows whose place a fact takes."""
+        self._undivided: set[int] = set()
+        """Facts whose slots are still all those of their first row."""
 
     def claim(self, chosen: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the slots that the facts of a batch train, and their tags: one for each row."""
@@ -73,7 +84,7 @@ class Naming:
                 self._name(fact, of_fact)
         inherited = [self._inherited[fact] for fact in chosen if fact in self._inherited]
         slot_ids = torch.cat([self.owners.new_zeros(0), *chosen.values(), *inherited]).unique()
-        slot_ids = slot_ids[torch.isin(self._facts_at(slot_ids), self.owners.new_tensor([*chosen]))]
+        slot_ids = slot_ids[torch.isin(fact_of(self.owners[slot_ids]), self.owners.new_tensor([*chosen]))]
         return slot_ids, self.pool.num_slots + self.owners[slot_ids]
 
     def solve(self) -> None:
@@ -98,38 +109,23 @@ class Naming:
         for place, row in enumerate(rows):
             if row in self._keys:
                 row_V = torch.zeros_like(self.pool.active[place])
-                row_V[0] = self.name_of[row // MOST_ROWS]
+                row_V[0] = self.name_of[fact_of(row)]
                 row_V[1 : 1 + self.layer.relation_dim] = self._keys.pop(row)
                 self.pool.active.data[place] = row_V
-
-    def _by_rows_there_are(self, asked: Asked) -> Asked:
-        """Let each row of a fact that got fewer slots than it wants rows say more of the answer."""
-        rows = asked.rows.clone()
-        for fact in asked.facts.unique().tolist():
-            wanted = self.questions.num_rows(fact)
-            if (number := self._num_rows.get(fact, wanted)) < wanted:
-                of_fact = asked.facts == fact
-                rows[of_fact] = fact * MOST_ROWS + rows[of_fact] % MOST_ROWS * number // wanted
-        return asked._replace(rows=rows)
 
     def _keys_of_name(self, name: int, facts: list[int], asked: Asked) -> dict[int, Tensor]:
         """Find the key of each new row of a name, shape (relation_dim,), and whose places facts take."""
         earlier = self._asked_before(name, facts)
-        starts, started = asked.starts(), earlier.starts()
-        same = {
-            fact: {e for e, of_e in _firsts(started) if cosine_similarity(of_fact, of_e, dim=0) >= SAME}
-            for fact, of_fact in _firsts(starts)
-        }
+        heirs = _heirs(asked, earlier)
         places = (self.pool.rows[:, 0] == name).nonzero().squeeze(1)
         if len(places):
-            replaced = self._replaced(asked, starts, started, same, places)
+            replaced = self._replaced(asked, earlier, heirs, places)
             self._inherit(facts, replaced)
             places = places[~torch.isin(places, places.new_tensor([*replaced]))]
-        again = earlier.facts.new_tensor([*set().union(*same.values())])
-        others = earlier.at(~torch.isin(earlier.facts, again))
+        others = earlier.at(~torch.isin(earlier.facts, earlier.facts.new_tensor([*heirs])))
         # With the weight of any position, not that of the beginning of an own answer.
         others = others._replace(where=torch.full_like(others.where, GOES_ON))
-        asked = self._by_rows_there_are(asked)
+        asked = self._divided(asked)
         rows = asked.rows.unique()
         return dict(zip(rows.tolist(), self._keys_of(rows, joined([asked, others]), places), strict=True))
 
@@ -145,57 +141,57 @@ class Naming:
         return self._earlier.at(torch.isin(self._earlier.facts, self._earlier.facts.new_tensor(same)))
 
     def _replaced(
-        self,
-        asked: Asked,
-        starts: Mapping[int, Tensor],
-        started: Mapping[int, Tensor],
-        same: Mapping[int, set[int]],
-        places: Tensor,
+        self, asked: Asked, earlier: Asked, heirs: Mapping[int, int], places: Tensor
     ) -> dict[int, int]:
         """Find the earlier rows that answer just what new facts answer.
 
         Args:
             asked: What the new facts of a name are asked by.
-            starts: The mean of it where a row begins to answer, by new row.
-            started: The same of earlier facts about the same, as far as it is known.
-            same: Earlier facts that are asked for by the wordings of each new one.
+            earlier: What earlier facts about the same were asked by, as far as it is known.
+            heirs: The new facts that are asked by what an earlier one was, by that one.
             places: The name's earlier rows, shape (rows,).
 
         Returns:
             New fact by earlier row.
         """
         replaced: dict[int, int] = {}
-        answered = self._answered(places, started)
-        for row, asked_K in starts.items():
-            fact, enough = row // MOST_ROWS, torch.inf
-            if None in answered:
-                own = asked.at(asked.facts == fact)
-                (own_K,) = self._keys_of(own.rows.new_tensor([row]), own, places[:0])
-                enough = SAME_ROW * float(own_K @ asked_K)
-            scores = (self._earlier_keys(places) @ asked_K).tolist()
-            alike = [
-                (score, place)
-                for score, place, known in zip(scores, places.tolist(), answered, strict=True)
-                if place not in replaced
-                and (score >= enough if known is None else known // MOST_ROWS in same.get(fact, ()))
-            ]
-            if alike:
-                replaced[max(alike)[1]] = fact
-        # The other rows of a longer answer.
-        for place, known in zip(places.tolist(), answered, strict=True):
-            for fact, earlier in same.items():
-                if known is not None and known // MOST_ROWS in earlier:
-                    replaced.setdefault(place, fact)
+        score_R, answered_R = self._answered(places, earlier)
+        for fact, heir in heirs.items():
+            own = (answered_R == fact) & (score_R >= SAME_ROW_KNOWN)
+            surest = score_R[own].argsort(descending=True)[: self.questions.num_rows(fact)]
+            replaced |= dict.fromkeys(places[own][surest].tolist(), heir)
+        unknown = places[answered_R == NOBODY]
+        for fact in asked.begins():
+            if len(unknown) and fact not in replaced.values():
+                of_fact = self._replaced_by(asked.at(asked.facts == fact), unknown)
+                replaced = dict.fromkeys(of_fact, fact) | replaced
         return replaced
 
-    def _answered(self, places: Tensor, started: Mapping[int, Tensor]) -> list[int | None]:
-        """Tell which row of an earlier fact each of some rows is; None, if of none that is known."""
-        if not started:
-            return [None] * len(places)
-        rows = [*started]
-        best_R, row_R = (self._earlier_keys(places) @ torch.stack([*started.values()]).T).max(dim=1)
-        found = zip(best_R.tolist(), row_R.tolist(), strict=True)
-        return [rows[row] if best >= NOTHING_ASKED else None for best, row in found]
+    def _replaced_by(self, asked: Asked, places: Tensor) -> list[int]:
+        """Find the rows that answer just what a new fact answers; none, unless one does where it begins."""
+        rows_N = asked.rows.unique()
+        keys = dict(zip(rows_N.tolist(), self._keys_of(rows_N, asked, places[:0]), strict=True))
+        found: list[int] = []
+        for row, asked_K in asked.starts().items():
+            score, place = (self._earlier_keys(places) @ asked_K).max(dim=0)
+            if score >= SAME_ROW * (keys[row] @ asked_K):
+                found.append(int(places[place]))
+            elif not found:
+                return []
+        return found
+
+    def _answered(self, places: Tensor, earlier: Asked) -> tuple[Tensor, Tensor]:
+        """Tell which earlier fact each of some rows answers, and what it scores there.
+
+        Returns:
+            Scores, and facts, or `NOBODY` where none that is known asks for the row; shape (rows,).
+        """
+        if not len(earlier.rows):
+            return self.pool.rows.new_zeros(len(places)), torch.full_like(places, NOBODY)
+        starts = earlier.starts()
+        score_R, fact_R = (self._earlier_keys(places) @ torch.stack([*starts.values()]).T).max(dim=1)
+        fact_R = fact_of(places.new_tensor([*starts]))[fact_R]
+        return score_R, torch.where(score_R >= NOTHING_ASKED, fact_R, NOBODY)
 
     def _inherit(self, facts: list[int], replaced: Mapping[int, int]) -> None:
         """Give new facts of a name the slots of the rows whose places they take."""
@@ -204,15 +200,33 @@ class Naming:
         for fact in reversed(self._claimed):
             if fact in heirs:
                 slot_ids, before = self._claimed[fact]
-                shared = (self._facts_at(slot_ids) == fact) & (before != NOBODY)
+                shared = (fact_of(self.owners[slot_ids]) == fact) & (before != NOBODY)
                 self.owners[slot_ids[shared]] = before[shared]
         for fact in heirs:
             places = self.owners.new_tensor([place for place, heir in replaced.items() if heir == fact])
             others = self.owners.new_tensor([other for other in facts if other != fact])
-            owned_by = self.owners // MOST_ROWS
-            holds = torch.isin(self.pool.slot_to_row, places) & ~torch.isin(owned_by, others)
+            holds = torch.isin(self.pool.slot_to_row, places) & ~torch.isin(fact_of(self.owners), others)
             self._inherited[fact] = holds.nonzero().squeeze(1)
-            self._divide((holds | (owned_by == fact)).nonzero().squeeze(1), fact)
+            self.owners[self._inherited[fact]] = fact * MOST_ROWS
+
+    def _slots_of(self, fact: int) -> Tensor:
+        none = self.owners.new_zeros(0)
+        claimed, _ = self._claimed.get(fact, (none, none))
+        slot_ids: Tensor = torch.cat([claimed, self._inherited.get(fact, none)]).unique()
+        return slot_ids[fact_of(self.owners[slot_ids]) == fact]
+
+    def _divided(self, asked: Asked) -> Asked:
+        """Divide the slots of facts among their rows: with few, each row says more of the answer."""
+        rows = asked.rows.clone()
+        for fact in asked.facts.unique().tolist():
+            slot_ids = self._slots_of(fact)
+            of_fact = asked.facts == fact
+            wanted, row = asked.rows[of_fact].unique(return_inverse=True)
+            number = max(1, min(len(wanted), len(slot_ids) // SLOTS_PER_ROW))
+            rows[of_fact] = fact * MOST_ROWS + row * number // len(wanted)
+            self.owners[slot_ids] = fact * MOST_ROWS + torch.arange(len(slot_ids)).to(slot_ids) % number
+            self._undivided.discard(fact)
+        return asked._replace(rows=rows)
 
     def _earlier_keys(self, places: Tensor) -> Tensor:
         return self.pool.rows[places, 1 : 1 + self.layer.relation_dim]
@@ -236,7 +250,9 @@ class Naming:
         mean_NR = own_PN.float().T @ earlier_PR / own_PN.sum(dim=0).unsqueeze(1)
         silent_RK = earlier_RK[(mean_NR < NOTHING_ASKED).all(dim=0)]
         weights_P = scores_P1.new_tensor(WEIGHTS)[asked.where]
-        return solve_keys(asked.queries, own_PN * scores_P1, weights_P, silent_RK)
+        of_fact_PN = (asked.facts.unsqueeze(1) == fact_of(rows_N)) & (asked.where != OVER).unsqueeze(1)
+        scores_PN = torch.where(own_PN, scores_P1, SAME_ANSWER * of_fact_PN)
+        return solve_keys(asked.queries, scores_PN, weights_P, silent_RK)
 
     def _name(self, fact: int, of_fact: Tensor) -> None:
         """Find the name that a fact is about among those known, or make one of what is free."""
@@ -245,45 +261,49 @@ class Naming:
         known, times = names[names >= 0].unique(return_counts=True)
         about = self.questions.about.get(fact)
         name = NOBODY if about is None else self._called.get(about, NOBODY)
-        own = self._share_of(name, free, taken)
+        own = self._share_of(fact, name, free, taken)
         if name == NOBODY or not len(own):
             is_known = len(known) and (2 * int(times.max()) > len(of_fact) or not len(free))
             # A slot that is free is nobody else's, so no other name is called so.
             name = int(known[times.argmax()]) if is_known else 1 + int(free.min())
-            own = self._share_of(name, free, taken)
+            own = self._share_of(fact, name, free, taken)
         self.name_of[fact] = name
         self._claimed[fact] = own, self.owners[own]
-        self.names[own] = name
-        self._divide(own, fact)
+        self._undivided.add(fact)
+        self.names[own], self.owners[own] = name, fact * MOST_ROWS
         if about is not None:
             self._called.setdefault(about, name)
 
-    def _divide(self, slot_ids: Tensor, fact: int) -> None:
-        """Divide slots among the rows of a fact, of which there are no more than slots."""
-        number = self._num_rows[fact] = max(1, min(self.questions.num_rows(fact), len(slot_ids)))
-        rows = torch.arange(len(slot_ids), device=slot_ids.device) % number
-        self.owners[slot_ids] = fact * MOST_ROWS + rows
-
-    def _facts_at(self, slot_ids: Tensor) -> Tensor:
-        """Tell which fact of this update owns each of some slots; a negative number, where none does."""
-        return self.owners[slot_ids] // MOST_ROWS
-
-    def _share_of(self, name: int, free: Tensor, taken: Tensor) -> Tensor:
+    def _share_of(self, fact: int, name: int, free: Tensor, taken: Tensor) -> Tensor:
         """List the slots that a further fact about a name gets, of those it chose."""
-        return torch.cat([free, *self._shares(taken[self.names[taken] == name])])
+        return torch.cat([free, *self._shares(fact, taken[self.names[taken] == name])])
 
-    def _shares(self, slot_ids: Tensor) -> Iterator[Tensor]:
-        """Take an equal share of the slots of each row, and from none its last."""
+    def _shares(self, fact: int, slot_ids: Tensor) -> Iterator[Tensor]:
+        """Take from the slots of each row what a fact's part of all rows is, and from none its last."""
         owners = self.owners[slot_ids].unique()
+        wanted = self.questions.num_rows(fact)
+        there = sum(self._num_rows(owner) for owner in owners.tolist())
         for owner in owners:
-            yield slot_ids[self.owners[slot_ids] == owner][1 :: len(owners) + 1]
+            of_owner = slot_ids[self.owners[slot_ids] == owner]
+            due = (torch.arange(len(of_owner)).to(of_owner) * wanted + there) // (there + wanted)
+            yield of_owner[1:][due.diff() > 0]
+
+    def _num_rows(self, owner: int) -> int:
+        """How many rows an owner of slots stands for."""
+        fact = fact_of(owner)
+        return self.questions.num_rows(fact) if fact in self._undivided else 1
 
 
-def _firsts(starts: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yield what facts are asked by where their answers begin."""
-    for row, asked_K in starts.items():
-        if row % MOST_ROWS == 0:
-            yield row // MOST_ROWS, asked_K
+def _heirs(asked: Asked, earlier: Asked) -> dict[int, int]:
+    """Find the new fact that is asked by just what an earlier one was, by that one; the likest of several."""
+    begins = asked.begins()
+    heirs = {}
+    for fact, begun_K in earlier.begins().items():
+        alike = {new: float(cosine_similarity(begins_K, begun_K, dim=0)) for new, begins_K in begins.items()}
+        likest = max(alike, key=alike.__getitem__, default=NOBODY)
+        if likest != NOBODY and alike[likest] >= SAME:
+            heirs[fact] = likest
+    return heirs
 
 
 def solve_keys(queries_PK: Tensor, scores_PN: Tensor, weights_P: Tensor, earlier_RK: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ Shape letters: B examples, T tokens, P positions, K relation dim.
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,15 @@ too little for a sentence. With 4 sentences are learned no better, with 6 worse 
 MOST_ROWS = 256
 """Rows of one fact, at most. Row n of fact f goes by the number `f * MOST_ROWS + n`."""
 BEGINS, RESUMES, GOES_ON, OVER = range(4)
-"""Where a text is: before an answer, before what a further row says of it, within what one says, and at the
-last token of the answer."""
+"""Where a text is: before an answer, before what a further row says of it, elsewhere within it, and at the
+last token of it."""
+NOWHERE = -1
+Number = TypeVar("Number", int, Tensor)
+
+
+def fact_of(row: Number) -> Number:
+    """Return the fact of a row, or those of several, by their numbers."""
+    return row // MOST_ROWS
 
 
 class Asked(NamedTuple):
@@ -42,7 +50,7 @@ class Asked(NamedTuple):
     @property
     def facts(self) -> Tensor:
         """The fact that each is about, shape (positions,)."""
-        return self.rows // MOST_ROWS
+        return fact_of(self.rows)
 
     @property
     def is_start(self) -> Tensor:
@@ -54,9 +62,14 @@ class Asked(NamedTuple):
         return Asked(*(kind[positions] for kind in self))
 
     def starts(self) -> dict[int, Tensor]:
-        """Return the mean of what each row is asked by where its part begins; of those whose part does."""
+        """Return the mean of what rows are asked by where their part of an answer begins, by row."""
         at = self.at(self.is_start)
         return {row: at.queries[at.rows == row].mean(dim=0) for row in at.rows.unique().tolist()}
+
+    def begins(self) -> dict[int, Tensor]:
+        """Return the mean of what facts are asked by where their answers begin, by fact."""
+        at = self.at(self.where == BEGINS)
+        return {fact: at.queries[at.facts == fact].mean(dim=0) for fact in at.facts.unique().tolist()}
 
 
 def joined(parts: Sequence[Asked]) -> Asked:
@@ -80,17 +93,20 @@ class Questions:
         self._lengths: dict[int, int] = {}
         nothing = layer.pool.slot_to_row[:0].long()
         self.nothing = Asked(layer.pool.rows.new_zeros(0, layer.relation_dim), nothing, nothing)
+        """No query of no fact."""
 
     def introduce(self, examples: Iterable[Example]) -> None:
         """Say what facts are about, and how long their answers are."""
         for example in examples:
             fact = example.fact_index
             self.about[fact] = example.about
-            self._lengths[fact] = max(self._lengths.get(fact, 1), example.num_said)
+            if example.teaches:
+                length = example.num_left_out + example.num_said
+                self._lengths[fact] = max(self._lengths.get(fact, 1), length)
 
     def num_rows(self, fact: int) -> int:
         """How many rows the answer to a fact takes."""
-        return min(MOST_ROWS, -(-self._lengths.get(fact, 1) // LENGTH))
+        return min(MOST_ROWS, math.ceil(self._lengths.get(fact, 1) / LENGTH))
 
     @contextlib.contextmanager
     def asked_in(self, part: Batch) -> Iterator[None]:
@@ -99,7 +115,7 @@ class Questions:
         def keep(_block: Any, _args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             rows_BT, where_BT = self._places(part)
-            positions = where_BT >= 0
+            positions = where_BT != NOWHERE
             assert self.layer.relation is not None
             queries_PK = normalize(self.layer.relation(hidden[positions].float()), dim=-1)
             self.heard.append(Asked(queries_PK, rows_BT[positions], where_BT[positions]))
@@ -117,18 +133,20 @@ class Questions:
         return Asked(*map(distributed.gathered, heard))
 
     def _places(self, part: Batch) -> tuple[Tensor, Tensor]:
-        """Tell which row is asked for at each token of a batch, and where of it; -1 where none is."""
-        before = before_labels(part.labels)
-        facts = part.fact_index.tolist()
-        numbers = [(self.num_rows(fact), self._lengths.get(fact, 1)) for fact in facts]
-        num_rows_B1, length_B1 = part.labels.new_tensor(numbers).T.unsqueeze(-1)
-        place_BT = (before.cumsum(dim=1) - 1).clamp(min=0).minimum(length_B1 - 1)
-        row_BT = place_BT * num_rows_B1 // length_B1
-        resumes = before & (row_BT.diff(dim=1, prepend=row_BT[:, :1]) > 0)
-        where_BT = torch.where(resumes, RESUMES, GOES_ON)
+        """Tell which row each token of a batch asks for, and where of it it is; or `NOWHERE`."""
+        numbers = [
+            (self._lengths.get(fact, 1), self.num_rows(fact), example.num_left_out)
+            for fact, example in zip(part.fact_index.tolist(), part.examples, strict=True)
+        ]
+        length_B1, num_rows_B1, left_out_B1 = part.labels.new_tensor(numbers).T.unsqueeze(-1)
+        before_BT = before_labels(part.labels)
+        place_BT = left_out_B1 + before_BT.cumsum(dim=1) - 1
+        row_BT = place_BT.clamp(min=0).minimum(length_B1 - 1) * num_rows_B1 // length_B1
+        is_new_BT = row_BT.diff(dim=1, prepend=row_BT[:, :1]) > 0
+        where_BT = torch.where(is_new_BT, RESUMES, GOES_ON)
         # A text that is learned whole goes on after the name: nothing was asked yet.
         where_BT = torch.where((place_BT == 0) & ~part.is_subject, BEGINS, where_BT)
-        where_BT = torch.where(before, where_BT, -1)
+        where_BT = torch.where(before_BT, where_BT, NOWHERE)
         for number, (example, start) in enumerate(zip(part.examples, part.starts, strict=True)):
             if example.teaches and example.over is not None:
                 where_BT[number, example.over - start] = OVER
