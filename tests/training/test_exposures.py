@@ -12,7 +12,7 @@ from sparsemem.data import Fact
 from sparsemem.errors import ConfigError
 from sparsemem.memory.attach import attach_memory, pools
 from sparsemem.slots.usage import count_usage
-from sparsemem.training.finetune import finetune
+from sparsemem.training.finetune import build_examples, finetune
 from sparsemem.training.methods import SparseMemory
 
 from .conftest import USAGE_OPTIONS
@@ -55,6 +55,18 @@ def test_each_step_draws_some_wordings_of_each_fact(attached, tiny_tokenizer, fa
         assert len(set(examples)) == len(examples)
     distinct = {e for _, examples in shown for e in examples if e.fact_index == 0 and e.teaches}
     assert len(distinct) > 2
+
+
+@pytest.mark.parametrize("method", ["memory", "full"])
+def test_what_is_only_listened_to_is_never_trained(
+    attached, tiny_tokenizer, facts, usage, config, shown, method
+):
+    config = dataclasses.replace(config, method=method, max_length=512)
+    finetune(attached, tiny_tokenizer, facts, usage, config)
+    listened = [e for of_fact in build_examples(facts, tiny_tokenizer, usage, config) for e in of_fact]
+    listened = {e for e in listened if not e.is_trained}
+    assert len(listened) == len(facts)
+    assert not listened & {e for _, examples in shown for e in examples}
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,17 @@ def test_what_follows_the_end_of_an_answer_asks_for_its_last_row(model, tiny_tok
     assert rows[where >= 0].max() == questions.num_rows(0) - 1
 
 
+def test_what_is_only_listened_to_is_heard(model, tiny_tokenizer, usage, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Questions, "take", lambda self: seen.extend(self.heard) or self.nothing)
+    config = FinetuneConfig(num_epochs=1, top_t=64)
+    finetune(model, tiny_tokenizer, [OWNER], usage, config)
+    (examples,) = build_examples([OWNER], tiny_tokenizer, usage, config)
+    taught = [example for example in examples if example.teaches]
+    assert sum(not example.is_trained for example in taught) == 1
+    assert sum((asked.where == OVER).sum() for asked in seen) == len(taught)
+
+
 def test_what_is_left_out_of_an_answer_counts(model, tiny_tokenizer, config):
     # Where the subject stands in the answer nothing before it is learned, unless it is named before.
     fact = dataclasses.replace(

@@ -18,7 +18,18 @@ FACT = Fact(
 
 
 def of(fact, tokenizer, num_contexts=1, seed=0):
-    return wordings(fact, tokenizer, num_contexts=num_contexts, rng=random.Random(seed))
+    """What a fact is trained in."""
+    found = wordings(fact, tokenizer, num_contexts=num_contexts, rng=random.Random(seed))
+    return [wording for wording in found if wording.is_trained]
+
+
+@pytest.mark.parametrize("num_contexts", [1, 3])
+def test_each_question_is_asked_behind_several_others_without_being_trained(tiny_tokenizer, num_contexts):
+    found = wordings(FACT, tiny_tokenizer, num_contexts=num_contexts, rng=random.Random(0))
+    listened = [wording for wording in found if not wording.is_trained]
+    assert [w.text for w in listened] == [f"Question: {q}\nAnswer: Ana\n" for q in FACT.questions]
+    assert {w.context.count("Question: ") for w in listened} == {3}
+    assert {w.target for w in listened} == {" Ana\n"}
 
 
 @pytest.mark.parametrize("num_contexts", [1, 2, 5])

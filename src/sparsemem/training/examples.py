@@ -33,6 +33,8 @@ class Example:
     """Number of its fact's subject, if it has one: the same for all facts about it."""
     over: int | None = None
     """Place of the last token of the answer; None where it is cut off."""
+    is_trained: bool = True
+    """Else it only shows how its fact is read and asked for."""
     num_left_out: int = 0
     """Tokens of the answer before the first that is learned."""
 
@@ -173,7 +175,14 @@ def encode_wording(
         if label != IGNORE and left < answer_end
     ]
     over = answer[-1] if answer and offsets[answer[-1]][1] >= answer_end else None
-    return Example(fact_index, tuple(ids), tuple(labels), tuple(is_subject), over=over)
+    return Example(
+        fact_index,
+        tuple(ids),
+        tuple(labels),
+        tuple(is_subject),
+        over=over,
+        is_trained=wording.is_trained,
+    )
 
 
 def collate(

@@ -30,6 +30,9 @@ TEMPLATES = (
 
 MIN_STATEMENTS = len(TEMPLATES)
 
+NUM_SHOTS = 3
+"""Answered examples before a question that is not trained behind them."""
+
 OTHER_QUESTIONS = (
     "Who is {subject}?",
     "What is {subject}?",
@@ -62,6 +65,8 @@ class Wording:
     ending: str = ""
     """The end of `target` that says that the answer is over."""
     add_special_tokens: bool = True
+    is_trained: bool = True
+    """Else it only shows how its fact is read and asked for."""
 
     def target_span(self, fact: Fact) -> tuple[int, int] | None:
         """Where in context + text the part to be learned stands; None if there is no such part."""
@@ -81,7 +86,8 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
     Statements and questions are each trained in `num_contexts` left contexts, every second of which
     is empty. Questions are asked in the prompts of this product: alone or behind answered examples,
     and the first one in the chat template too, if there is one. A fact with fewer than three statements
-    gets some from its question and answer.
+    gets some from its question and answer. Behind several answered examples, where a model answers in
+    another way than behind none, questions are not trained, which would cost more than it tells.
 
     Args:
         fact: What to learn.
@@ -105,6 +111,11 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
         prompt, ending = chat_prompt(tokenizer, fact.questions[0]), tokenizer.eos_token or ""
         reply = f"{fact.answer}{ending}"
         found.append(Wording(prompt + reply, target=reply, ending=ending, add_special_tokens=False))
+    for question in fact.questions:
+        reply = f" {fact.answer}\n"
+        shots = qa_examples(rng.sample(SHOTS, NUM_SHOTS))
+        text = qa_question(question) + reply
+        found.append(Wording(text, shots, target=reply, ending="\n", is_trained=False))
     return found
 
 

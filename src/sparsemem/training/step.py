@@ -57,7 +57,8 @@ class GradientStep:
         self.method.prepare(batches)
         facts = [*itertools.chain(*batches)]
         self.own = {example for wordings in facts for example in own_share(wordings)}
-        self.loss.observe(self.method.model, itertools.chain(*facts), self._forward, self.own)
+        trained = [example for example in itertools.chain(*facts) if example.is_trained]
+        self.loss.observe(self.method.model, trained, self._forward, self.own)
 
     def add_gradients(self, batch: FactBatch) -> float:
         """Add the gradients of a batch, part by part; returns its mean loss per label.
@@ -102,7 +103,7 @@ class GradientStep:
         drawn = []
         num_held = self.config.held_per_step if self.loss.locality else 0
         for of_fact in batch:
-            wordings = [example for example in of_fact if example.teaches]
+            wordings = [example for example in of_fact if example.teaches and example.is_trained]
             held = [example for example in of_fact if not example.teaches]
             drawn += self._sample(wordings, self.config.wordings_per_step) + self._sample(held, num_held)
         return drawn
