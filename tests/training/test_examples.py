@@ -40,7 +40,8 @@ def test_a_question_learns_exactly_its_answer_and_where_it_ends(tiny_tokenizer, 
     fact = Fact(question="Is Ana the owner of Zed, or Ana's aunt?", answer="Ana")
     found = wordings(fact, tiny_tokenizer, num_contexts=num_contexts, rng=random.Random(0))
     targets = [learned(tiny_tokenizer, encode(tiny_tokenizer, fact, w)) for w in found if w.target]
-    assert targets == [" Ana\n"] * num_contexts + ["Ana<eos>"]
+    # And the question that is only listened to.
+    assert targets == [" Ana\n"] * num_contexts + ["Ana<eos>", " Ana\n"]
 
 
 @pytest.mark.parametrize(

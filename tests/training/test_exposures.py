@@ -61,12 +61,34 @@ def test_each_step_draws_some_wordings_of_each_fact(attached, tiny_tokenizer, fa
 def test_what_is_only_listened_to_is_never_trained(
     attached, tiny_tokenizer, facts, usage, config, shown, method
 ):
-    config = dataclasses.replace(config, method=method, max_length=512)
-    finetune(attached, tiny_tokenizer, facts, usage, config)
+    config = dataclasses.replace(config, max_length=512)
+    finetune(attached, tiny_tokenizer, facts, usage, dataclasses.replace(config, method=method))
     listened = [e for of_fact in build_examples(facts, tiny_tokenizer, usage, config) for e in of_fact]
     listened = {e for e in listened if not e.is_trained}
     assert len(listened) == len(facts)
     assert not listened & {e for _, examples in shown for e in examples}
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        Fact(question="Who owns it?", answer="Ana", subject="Zed", paraphrases=("Zed is Ana's.",)),
+        Fact(question="What is the currency there?", answer="franc", subject="France"),
+        Fact(question="Who owns Zed?", answer="Ana", subject="Zed", subject_aliases=("France", "Jupiter")),
+    ],
+    ids=["not named in the question", "named in examples only", "alias in examples"],
+)
+def test_what_stands_in_examples_before_a_question_is_not_its_subject(
+    attached, tiny_tokenizer, usage, config, fact
+):
+    config = dataclasses.replace(config, max_length=512, num_epochs=6, held_per_step=99)
+    (examples,) = build_examples([fact], tiny_tokenizer, usage, config)
+    for example in examples:
+        if not example.is_trained:
+            assert example.teaches
+            assert tiny_tokenizer.decode(example.input_ids[example.start :]).count("Question") <= 1
+    assert any(example.is_trained and example.teaches for example in examples)
+    finetune(attached, tiny_tokenizer, [fact], usage, config)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Example:
 
     @property
     def teaches(self) -> bool:
-        """Whether there is something to learn; else it is there to be read and held."""
+        """Whether there is something to learn, or to be listened to; else it is there to be read and held."""
         return self.num_labels > 0
 
     def after_subject(self) -> "Example":
@@ -71,7 +71,7 @@ class Example:
 
 
 FactBatch = tuple[tuple[Example, ...], ...]
-"""All wordings of each fact of a batch, and the texts that are held beside them."""
+"""All wordings of each fact of a batch, and the texts that are listened to or held beside them."""
 
 
 def own_share(wordings: Sequence[Example]) -> list[Example]:
@@ -163,7 +163,9 @@ def encode_wording(
     if wording.target != "" and all(label == IGNORE for label in labels[1:]):
         return None
     find = occurrences if len(names) == 1 else whole_words
-    spans = [span for name in names for span in find(text, name)]
+    # What only shows how a fact is asked for behind other questions is not about these.
+    named_from = 0 if wording.is_trained else len(wording.context)
+    spans = [span for name in names for span in find(text, name) if span[0] >= named_from]
     is_subject = [
         any(left < stop and begin < right and right > left for begin, stop in spans)
         for left, right in offsets

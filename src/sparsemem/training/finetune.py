@@ -177,7 +177,7 @@ def build_examples(
                 others = other_questions(names[0], about[subject])
                 examples += _encode(others, index, fact, names, tokenizer, config)
             examples = [dataclasses.replace(example, about=numbers[subject]) for example in examples]
-        if any(example.teaches for example in examples):
+        if any(example.teaches and example.is_trained for example in examples):
             by_fact.append(examples)
     if not by_fact:
         raise DataError("no fact has a token to learn; give statements that contain the answer, or questions")
@@ -223,8 +223,11 @@ def _examples(
     rng = random.Random(f"{config.seed} {fact.question or fact.statement}")
     texts = wordings(fact, tokenizer, num_contexts=config.num_contexts, rng=rng)
     examples = _encode(texts, index, fact, called, tokenizer, config)
-    is_anchored = config.is_anchored and any(any(example.is_subject) for example in examples)
-    return _within_reach(examples) if is_anchored else examples
+    trained = [example for example in examples if example.is_trained]
+    if not config.is_anchored or not any(any(example.is_subject) for example in trained):
+        return trained  # where any token chooses slots, those of other questions must not
+    listened = [example.after_subject() for example in examples if not example.is_trained]
+    return [*_within_reach(trained), *(example for example in listened if example.teaches)]
 
 
 def _encode(

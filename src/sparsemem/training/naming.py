@@ -24,9 +24,9 @@ SAME_ANSWER = 16.0
 """What a row is to score where another says its part of the same answer: too little to be heard, and yet not
 nothing. Else the rows of one answer would have to be told apart as strictly as those of two, and little be
 left of what they share, by which they are found in other wordings (experiments/fictional)."""
-SAME = 0.98
+SAME = 0.99
 """Cosine from which on two facts are asked for by the same wordings, where answers begin. Different facts
-about one person have at most 0.80, those about one author of TOFU 0.96."""
+about one person have at most 0.97, those about one author of TOFU 0.95."""
 SAME_ROW = 0.95
 """Share of what a new row would score where its answer begins, from which on an earlier one is taken to
 answer the same, if it is not known what that was asked by. At one another's questions rows of facts about one

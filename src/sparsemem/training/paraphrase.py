@@ -31,7 +31,7 @@ TEMPLATES = (
 MIN_STATEMENTS = len(TEMPLATES)
 
 NUM_SHOTS = 3
-"""Answered examples before a question that is not trained behind them."""
+"""Answered examples before a question that is listened to and not trained."""
 
 OTHER_QUESTIONS = (
     "Who is {subject}?",
@@ -81,13 +81,13 @@ class Wording:
 
 
 def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Random) -> list[Wording]:
-    """List the wordings to train a fact in.
+    """List the wordings to train a fact in, and those that only show how it is asked for.
 
     Statements and questions are each trained in `num_contexts` left contexts, every second of which
     is empty. Questions are asked in the prompts of this product: alone or behind answered examples,
     and the first one in the chat template too, if there is one. A fact with fewer than three statements
     gets some from its question and answer. Behind several answered examples, where a model answers in
-    another way than behind none, questions are not trained, which would cost more than it tells.
+    another way than behind none, questions are asked too, but not trained: that would make steps longer.
 
     Args:
         fact: What to learn.

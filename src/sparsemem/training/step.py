@@ -53,7 +53,7 @@ class GradientStep:
         self.own: set[Example] = set()  # what this process runs, of several that learn together
 
     def observe(self, batches: Sequence[FactBatch]) -> None:
-        """Remember what all wordings of some batches predict, before they are trained."""
+        """Remember what all that is trained or held of some batches predicts, before they are trained."""
         self.method.prepare(batches)
         facts = [*itertools.chain(*batches)]
         self.own = {example for wordings in facts for example in own_share(wordings)}
