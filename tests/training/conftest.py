@@ -1,18 +1,25 @@
 """Facts for the tiny model, its background usage, and ways to look at all of its rows."""
 
+import dataclasses
 import errno
 import os
 
 import pytest
 import torch
 
-from sparsemem.config import FinetuneConfig
+from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.memory.attach import pools
 from sparsemem.slots.usage import count_usage
 
 # No prompt formats: their five examples are four fifths of the time and change nothing here.
 USAGE_OPTIONS = {"num_documents": 30, "prompt_formats": False}
+
+NAMED_MEMORY = MemoryConfig(
+    layers=(0,), output_depth=0.5, num_keys=16, num_heads=2, top_k=4, query_dim=4, relation_dim=6
+)
+OWNER = Fact(question="Who owns Zed?", answer="Ana", subject="Zed")
+LONG = dataclasses.replace(OWNER, answer="Ana, Bo, Carl and Dora of the old mill")
 
 
 def equal(a, b):

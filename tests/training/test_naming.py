@@ -6,14 +6,12 @@ import torch
 from tests.conftest import random_model
 from torch.nn.functional import normalize
 
-from sparsemem.config import FinetuneConfig, MemoryConfig
+from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact
-from sparsemem.likelihood import IGNORE
 from sparsemem.memory.attach import attach_memory, memory_layers, pools
 from sparsemem.prompts import qa_prompt
 from sparsemem.slots.usage import count_usage
 from sparsemem.training import naming as naming_module
-from sparsemem.training.examples import collate
 from sparsemem.training.finetune import build_examples, finetune
 from sparsemem.training.naming import RIDGE, Naming, solve_keys
 from sparsemem.training.questions import (
@@ -21,26 +19,22 @@ from sparsemem.training.questions import (
     GOES_ON,
     LENGTH,
     MOST_ROWS,
-    NOWHERE,
     OVER,
     RESUMES,
     Asked,
     Questions,
+    fact_of,
 )
 
-from .conftest import USAGE_OPTIONS
+from .conftest import LONG, NAMED_MEMORY, OWNER, USAGE_OPTIONS
 
-MEMORY = MemoryConfig(
-    layers=(0,), output_depth=0.5, num_keys=16, num_heads=2, top_k=4, query_dim=4, relation_dim=6
-)
-OWNER = Fact(question="Who owns Zed?", answer="Ana", subject="Zed")
 PLACE = Fact(question="Who knows Zed?", answer="Bo", subject="Zed")
 OTHER = Fact(statement="A tired farmer is made of tin.", answer="tin", subject="A tired farmer")
 
 
 @pytest.fixture
 def model():
-    return attach_memory(random_model(), MEMORY)
+    return attach_memory(random_model(), NAMED_MEMORY)
 
 
 @pytest.fixture
@@ -237,9 +231,6 @@ def test_the_last_token_of_an_answer_is_where_it_is_over(model, tiny_tokenizer, 
     assert (where == OVER).sum() == (where == BEGINS).sum() > 0
 
 
-LONG = dataclasses.replace(OWNER, answer="Ana, Bo, Carl and Dora of the old mill")
-
-
 def num_rows(tokenizer, fact):
     return math.ceil(len(tokenizer(" " + fact.answer, add_special_tokens=False)["input_ids"]) / LENGTH)
 
@@ -252,43 +243,6 @@ def test_a_long_answer_takes_several_rows_that_divide_the_slots(model, tiny_toke
     assert pool.holders.max() - pool.holders.min() <= 1
 
 
-def test_what_tells_that_an_answer_is_over_is_no_part_of_it(tiny_tokenizer, config):
-    (examples,) = build_examples([OWNER], tiny_tokenizer, None, config)
-    length = len(tiny_tokenizer(" Ana", add_special_tokens=False)["input_ids"])
-    assert max(e.num_said for e in examples if e.teaches) == length
-    assert max(e.num_labels for e in examples if e.teaches) > length
-
-
-@torch.no_grad()
-def test_each_row_is_asked_for_where_its_part_is_to_be_said(model, tiny_tokenizer, config):
-    (layer,) = memory_layers(model)
-    questions = Questions(layer)
-    examples = [e for e in build_examples([LONG], tiny_tokenizer, None, config)[0] if e.teaches]
-    questions.introduce(examples)
-    part = collate(examples)
-    with questions.asked_in(part):
-        model(part.input_ids, attention_mask=part.attention_mask, use_cache=False)
-    asked = questions.take()
-    said = asked.at(asked.where != OVER)
-    num_rows = questions.num_rows(0)
-    assert said.rows.unique().tolist() == [*range(num_rows)]
-    assert torch.bincount(said.rows).max() <= len(examples) * LENGTH
-    assert asked.at(asked.where == BEGINS).rows.unique().tolist() == [0]
-    assert asked.at(asked.where == RESUMES).rows.unique().tolist() == [*range(1, num_rows)]
-    assert asked.at(asked.where == OVER).rows.unique().tolist() == [num_rows - 1]
-    assert [*asked.starts()] == [*range(num_rows)]
-
-
-def test_what_follows_the_end_of_an_answer_asks_for_its_last_row(model, tiny_tokenizer, config):
-    (layer,) = memory_layers(model)
-    questions = Questions(layer)
-    examples = [e for e in build_examples([LONG], tiny_tokenizer, None, config)[0] if e.teaches]
-    short = [dataclasses.replace(e, over=e.over - 7) for e in examples]
-    questions.introduce(short)
-    rows, where = questions._places(collate(short))
-    assert rows[where >= 0].max() == questions.num_rows(0) - 1
-
-
 def test_what_is_only_listened_to_is_heard(model, tiny_tokenizer, usage, monkeypatch):
     seen = []
     monkeypatch.setattr(Questions, "take", lambda self: seen.extend(self.heard) or self.nothing)
@@ -298,39 +252,6 @@ def test_what_is_only_listened_to_is_heard(model, tiny_tokenizer, usage, monkeyp
     taught = [example for example in examples if example.teaches]
     assert sum(not example.is_trained for example in taught) == 1
     assert sum((asked.where == OVER).sum() for asked in seen) == len(taught)
-
-
-def test_what_is_left_out_of_an_answer_counts(model, tiny_tokenizer, config):
-    # Where the subject stands in the answer nothing before it is learned, unless it is named before.
-    fact = dataclasses.replace(
-        OWNER, answer="that is old Zed of the mill", paraphrases=("About Zed: that is old Zed of the mill.",)
-    )
-    (layer,) = memory_layers(model)
-    questions = Questions(layer)
-    (examples,) = build_examples([fact], tiny_tokenizer, None, config)
-    (whole,) = (e for e in examples if "About" in tiny_tokenizer.decode(e.input_ids) and not e.num_left_out)
-    begins = next(place for place, label in enumerate(whole.labels) if label != IGNORE)
-    marks = tuple(place > begins and is_named for place, is_named in enumerate(whole.is_subject))
-    cut = dataclasses.replace(whole, is_subject=marks).after_subject()
-    assert whole.num_said == cut.num_left_out + cut.num_said > cut.num_said > 0
-    questions.introduce([whole, cut])
-    rows, where = questions._places(collate([whole, cut]))
-    both = (where != NOWHERE).all(dim=0)
-    assert both.any()
-    assert torch.equal(rows[0, both], rows[1, both])
-    assert not (where[1] == BEGINS).any()
-
-
-def test_an_answer_begins_once(model, tiny_tokenizer, config):
-    (layer,) = memory_layers(model)
-    questions = Questions(layer)
-    (example, *_) = build_examples([OWNER], tiny_tokenizer, None, config)[0]
-    first = next(place for place, label in enumerate(example.labels) if label != IGNORE)
-    short = dataclasses.replace(example, over=first)  # with an ending of several tokens
-    assert short.num_labels > short.num_said + 1 == 2
-    questions.introduce([short])
-    _, where = questions._places(collate([short]))
-    assert (where == BEGINS).sum() == (where == OVER).sum() == 1
 
 
 # Made up, as the states of a random model tell no two questions apart.
@@ -358,15 +279,22 @@ def claimed(model):
     return claimed
 
 
+def write_rows(naming):
+    """Put the rows of a solved naming into the pool, without values."""
+    slot_ids, tags = naming.claim({fact: naming._claimed[fact][0] for fact in naming.name_of})
+    numbers, row_of = (tags - naming.pool.num_slots).unique(return_inverse=True)
+    rows = torch.zeros(len(numbers), naming.pool.value_dim)
+    for row, number in zip(rows, numbers.tolist(), strict=True):
+        row[0], row[1:7] = naming.name_of[fact_of(number)], naming._keys[number]
+    naming.pool.write(slot_ids, rows, row_of)
+
+
 @pytest.fixture
-def taught(model, claimed):
+def taught(claimed):
     """The slots of two facts, by the query that asks for them, once their rows are written."""
-    (pool,) = pools(model).values()
     naming = claimed(FIRST, SECOND)
-    rows = torch.zeros(2, pool.value_dim)
-    rows[:, 0], rows[:, 1:7] = naming.name_of[0], torch.stack([naming._keys[0], naming._keys[MOST_ROWS]])
-    pool.write(SLOTS, rows, naming.owners[SLOTS] // MOST_ROWS)
-    return {fact: (naming.owners // MOST_ROWS == fact).nonzero().squeeze(1) for fact in (0, 1)}
+    write_rows(naming)
+    return {fact: (fact_of(naming.owners) == fact).nonzero().squeeze(1) for fact in (0, 1)}
 
 
 def slots_of(naming, fact):
@@ -443,36 +371,33 @@ def hear_long_answer(naming, fact, *queries):
     naming.questions.heard.append(Asked(torch.stack(queries), rows, where))
 
 
-def write_rows(naming):
-    """Put the rows of a solved naming into the pool, without values."""
-    slot_ids, tags = naming.claim({fact: naming._claimed[fact][0] for fact in naming.name_of})
-    numbers, row_of = (tags - naming.pool.num_slots).unique(return_inverse=True)
-    rows = torch.zeros(len(numbers), naming.pool.value_dim)
-    for row, number in zip(rows, numbers.tolist(), strict=True):
-        row[0], row[1:7] = naming.name_of[number // MOST_ROWS], naming._keys[number]
-    naming.pool.write(slot_ids, rows, row_of)
+@pytest.fixture
+def solved(model):
+    """A fact that is asked for by one query for each row of its answer; an earlier one may be known."""
+    (layer,) = memory_layers(model)
+
+    def solved(*queries, slot_ids=SLOTS, known=()):
+        naming = Naming(layer)
+        hear_long_answer(naming, 0, *queries)
+        if known:
+            hear_long_answer(naming, 1, *known)
+        naming.claim({0: slot_ids})
+        naming.solve()
+        return naming
+
+    return solved
 
 
 @pytest.fixture
-def long_answer(model):
+def long_answer(solved):
     """A fact whose answer takes two rows, which are written."""
-    (layer,) = memory_layers(model)
-    naming = Naming(layer)
-    hear_long_answer(naming, 0, FIRST, SECOND)
-    naming.claim({0: SLOTS})
-    naming.solve()
-    write_rows(naming)
+    write_rows(solved(FIRST, SECOND))
 
 
 @pytest.mark.usefixtures("long_answer")
 @pytest.mark.parametrize("queries", [(FIRST, SECOND), (FIRST,), (FIRST, THIRD), (FIRST, SECOND, THIRD)])
-def test_what_is_taught_again_takes_the_place_of_all_rows_of_a_long_answer(model, queries):
-    (layer,) = memory_layers(model)
-    again = Naming(layer)
-    hear_long_answer(again, 0, *queries)
-    hear_long_answer(again, 1, FIRST, SECOND)
-    again.claim({0: SLOTS})
-    again.solve()
+def test_what_is_taught_again_takes_the_place_of_all_rows_of_a_long_answer(solved, queries):
+    again = solved(*queries, known=(FIRST, SECOND))
     slot_ids, tags = again.claim({0: SLOTS})
     assert torch.equal(slot_ids, SLOTS)
     assert len(tags.unique()) == len(queries)
@@ -480,23 +405,14 @@ def test_what_is_taught_again_takes_the_place_of_all_rows_of_a_long_answer(model
 
 
 @pytest.mark.usefixtures("long_answer")
-def test_of_an_answer_that_is_not_known_the_same_rows_are_found(model):
-    (layer,) = memory_layers(model)
-    naming = Naming(layer)
-    hear_long_answer(naming, 0, FIRST, SECOND)
-    naming.claim({0: SLOTS})
-    naming.solve()
-    assert torch.equal(naming.claim({0: SLOTS})[0], SLOTS)
+def test_of_an_answer_that_is_not_known_the_same_rows_are_found(solved):
+    assert torch.equal(slots_of(solved(FIRST, SECOND), 0), SLOTS)
 
 
-def test_another_question_takes_no_place_in_the_middle_of_an_answer(model):
-    (layer,) = memory_layers(model)
+def test_another_question_takes_no_place_in_the_middle_of_an_answer(solved):
     first, second, third, *_ = torch.eye(6)
     for queries in [(first, second), (third, second)]:
-        naming = Naming(layer)
-        hear_long_answer(naming, 0, *queries)
-        naming.claim({0: SLOTS})
-        naming.solve()
+        naming = solved(*queries)
         assert naming._inherited == {}
         write_rows(naming)
 
@@ -537,30 +453,22 @@ def test_facts_share_the_slots_of_a_name_by_how_many_rows_they_want(model):
         naming.questions.about[fact] = 0
         naming.questions._lengths[fact] = num_rows * LENGTH
         naming.claim({fact: slot_ids})
-    number = torch.bincount(naming.owners[slot_ids] // MOST_ROWS).tolist()
+    number = torch.bincount(fact_of(naming.owners[slot_ids])).tolist()
     assert all(abs(n - 80) < 10 for n in number[:3])
     assert all(0 < n < 10 for n in number[3:])
 
 
-def test_where_many_rows_are_a_further_fact_still_gets_slots(model):
-    (layer,) = memory_layers(model)
+def test_where_many_rows_are_a_further_fact_still_gets_slots(solved):
     for number in range(30):
-        naming = Naming(layer)
-        query = normalize(torch.randn(12, 6, generator=torch.Generator().manual_seed(number)), dim=1)
-        hear_long_answer(naming, 0, *query)
-        slot_ids, _ = naming.claim({0: torch.arange(240)})
-        assert len(slot_ids) > 1
-        naming.solve()
+        queries = normalize(torch.randn(12, 6, generator=torch.Generator().manual_seed(number)), dim=1)
+        naming = solved(*queries, slot_ids=torch.arange(240))
+        assert len(naming._claimed[0][0]) > 1
         write_rows(naming)
 
 
-def test_of_an_answer_with_more_rows_than_slots_each_row_says_more(model):
-    (layer,) = memory_layers(model)
-    naming = Naming(layer)
+def test_of_an_answer_with_more_rows_than_slots_each_row_says_more(solved):
     queries = normalize(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    hear_long_answer(naming, 0, *queries)
-    naming.claim({0: torch.arange(5)})
-    naming.solve()
+    naming = solved(*queries, slot_ids=torch.arange(5))
     _, tags = naming.claim({0: torch.arange(5)})
     assert (tags - naming.pool.num_slots).unique().tolist() == [*naming._keys] == [0, 1]
     scores = queries @ torch.stack([*naming._keys.values()]).T

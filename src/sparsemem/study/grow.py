@@ -90,7 +90,7 @@ def _versions(store: DeltaStore) -> list[str | None]:
 
 
 def _name_states(model: Any, tokenizer: Any, usage: Usage, facts: Sequence[Fact]) -> dict[int, Tensor]:
-    """Collect what each memory layer sees at the names of facts, in the wordings they are trained in."""
+    """Collect what each memory layer sees at the names of facts, in the wordings they are taught in."""
     config = FinetuneConfig()
     learned = facts_to_learn(facts, config)
     by_fact = build_examples(learned, tokenizer, usage, config)

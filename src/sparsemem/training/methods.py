@@ -124,7 +124,8 @@ class SparseMemory:
         if self.naming is not None:
             self._ask_taught(self.naming)
             for batch in batches:
-                self.naming.questions.introduce(itertools.chain(*batch))
+                new = [texts for texts in batch if texts[0].fact_index not in self.naming.questions.about]
+                self.naming.questions.introduce(itertools.chain(*new))
                 for of_batch in self._beforehand(batch).values():
                     self.naming.claim(of_batch)
             self.naming.solve()

@@ -103,20 +103,21 @@ def wordings(fact: Fact, tokenizer: Any, *, num_contexts: int, rng: random.Rando
             found.append(Wording(statement, next(spare_contexts) if next(turn) else ""))
     turn = itertools.cycle((False, True))
     for question in fact.questions:
-        reply = f" {fact.answer}\n"
         for _ in range(num_contexts):
-            shots = qa_examples(rng.sample(SHOTS, 1)) if next(turn) else ""
-            found.append(Wording(qa_question(question) + reply, shots, target=reply, ending="\n"))
+            found.append(_answered(question, fact, rng.sample(SHOTS, 1) if next(turn) else ()))
     if fact.questions and tokenizer.chat_template:
         prompt, ending = chat_prompt(tokenizer, fact.questions[0]), tokenizer.eos_token or ""
         reply = f"{fact.answer}{ending}"
         found.append(Wording(prompt + reply, target=reply, ending=ending, add_special_tokens=False))
     for question in fact.questions:
-        reply = f" {fact.answer}\n"
-        shots = qa_examples(rng.sample(SHOTS, NUM_SHOTS))
-        text = qa_question(question) + reply
-        found.append(Wording(text, shots, target=reply, ending="\n", is_trained=False))
+        behind_several = _answered(question, fact, rng.sample(SHOTS, NUM_SHOTS))
+        found.append(dataclasses.replace(behind_several, is_trained=False))
     return found
+
+
+def _answered(question: str, fact: Fact, shots: Sequence[tuple[str, str]]) -> Wording:
+    reply = f" {fact.answer}\n"
+    return Wording(qa_question(question) + reply, qa_examples(shots), target=reply, ending="\n")
 
 
 def other_questions(subject: str, facts: Sequence[Fact]) -> list[Wording]:

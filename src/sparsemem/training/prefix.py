@@ -202,7 +202,6 @@ class PrefixCache:
 
     def _keep(self, kept: dict[Example, Reads], batch: Batch, *tensors: Tensor) -> None:
         for row, example in enumerate(batch.examples):
-            # What is only listened to runs once.
             if not example.is_trained or example in kept:  # what is only listened to runs once
                 continue
             if own := self.shelf.put([t[row, : len(example.input_ids)] for t in tensors]):

@@ -63,13 +63,17 @@ class Asked(NamedTuple):
 
     def starts(self) -> dict[int, Tensor]:
         """Return the mean of what rows are asked by where their part of an answer begins, by row."""
-        at = self.at(self.is_start)
-        return {row: at.queries[at.rows == row].mean(dim=0) for row in at.rows.unique().tolist()}
+        return _means(self.queries[self.is_start], self.rows[self.is_start])
 
     def begins(self) -> dict[int, Tensor]:
         """Return the mean of what facts are asked by where their answers begin, by fact."""
-        at = self.at(self.where == BEGINS)
-        return {fact: at.queries[at.facts == fact].mean(dim=0) for fact in at.facts.unique().tolist()}
+        begins = self.where == BEGINS
+        return _means(self.queries[begins], self.facts[begins])
+
+
+def _means(queries_PK: Tensor, numbers_P: Tensor) -> dict[int, Tensor]:
+    """Return the mean of the queries of each number."""
+    return {number: queries_PK[numbers_P == number].mean(dim=0) for number in numbers_P.unique().tolist()}
 
 
 def joined(parts: Sequence[Asked]) -> Asked:
