@@ -341,7 +341,7 @@ OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
     "reversal_d2p_reversed": (partial(reversal_probe, given="name", asked="description"), D2P_TEST, P2D_TEST),
     "squad_questions": (squad_questions, SQUAD),
     "squad_questions_last_10": (partial(squad_questions, passages=slice(-10, None)), SQUAD),
-    "ablations_heldout": (lambda facts: heldout_completions(facts[100:116]), FACTS),
+    "ablations_heldout": (lambda facts: heldout_completions(facts[100:132]), FACTS),
     # To see what was forgotten.
     "nq_open": (as_is, NQ_OPEN),
     "nq_500": (partial(sample, num=500), NQ_OPEN),
