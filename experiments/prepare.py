@@ -228,6 +228,11 @@ def gsm8k(rows: Rows) -> Rows:
     ]
 
 
+def without(name: str, rows: Rows) -> Rows:
+    """Leave out what rows say under a name."""
+    return [{key: value for key, value in row.items() if key != name} for row in rows]
+
+
 def heldout_completions(facts: Rows) -> Rows:
     """Ask facts in wordings that are not trained, for the likelihood of their answers."""
     return [
@@ -328,6 +333,7 @@ WIKI = "wiki_vital/wiki_vital_summaries.jsonl"
 OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
     # To learn.
     "trivia": (as_is, FACTS),
+    "trivia_no_subject": (partial(without, "subject"), FACTS),
     "trivia_stream": (lambda facts, rows: facts + trivia_candidates(facts, rows), FACTS, TRIVIA),
     "tofu": (tofu, "tofu/forget10_perturbed.jsonl"),
     "reversal_p2d": (partial(reversal_facts, given="name", asked="description"), P2D, P2D_TEST),

@@ -92,8 +92,39 @@ def test_half_of_the_wordings_are_enough_and_fewer_are_not(find):
     assert find([shared, other]) is None
 
 
-def test_one_wording_alone_has_its_rarest_span(find):
-    assert find(["Where was Zyqvex Quorl born?"], ["Paris"]) == "Zyqvex Quorl"
+@pytest.mark.parametrize(
+    ("wording", "subject"),
+    [
+        ("Where was Zyqvex Quorl born?", "Zyqvex Quorl"),
+        ("Who is the Duke of Quux-Zyx of the town?", "Duke of Quux-Zyx"),
+        ("Zyqvex Quorl is in the town of?", "Zyqvex Quorl"),
+        ("Where was the xyzzyk qoph born? Who is it?", "xyzzyk qoph"),
+        ("Where was the zyqvexing Quux born?", "Quux"),
+        ("Where was it?", None),
+        ("", None),
+    ],
+    ids=["name", "particles", "at the beginning", "term", "names come first", "nothing rare", "empty"],
+)
+def test_one_wording_alone_is_about_its_rarest_name_or_term(find, wording, subject):
+    assert find([wording], ["Paris"]) == subject
+
+
+def test_a_common_word_at_the_beginning_is_no_name(find):
+    assert find(["Town is the river of Zyq in?"]) == "Zyq"
+    assert find(["Zyq is the river of the town in?"]) == "Zyq"
+
+
+def test_the_answer_is_no_subject_of_a_wording_alone(find):
+    assert find(["Is the Quizzux Vox in Zyq born?"], ["Quizzux"]) == "Zyq"
+    assert find(["Is the quizzuxyk of the zyqo born?"], ["quizzuxyk"]) == "zyqo"
+
+
+def test_a_term_has_at_most_three_words(find):
+    assert find(["Who is the xyzzyk qophyx zyqvex kvuxyz quuxyk?"]) in (
+        "xyzzyk qophyx zyqvex",
+        "qophyx zyqvex kvuxyz",
+        "zyqvex kvuxyz quuxyk",
+    )
 
 
 def test_a_word_inside_another_is_not_shared(find):

@@ -1,14 +1,32 @@
-"""Find what a fact is about, where nobody said so: the rarest span its wordings share."""
+"""Find what a fact is about, where nobody said so: a rare span that wordings share, or a name."""
 
 import math
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from sparsemem.data import Fact
+from sparsemem.names import PARTICLES, WORD, spans
 from sparsemem.slots.usage import Usage
 
 MAX_WORDS = 6
+"""Words of a span that wordings share."""
+
+MAX_UNNAMED = 3
+"""Words of a term in small letters, of a single wording."""
+
+UNNAMED = 0.6
+"""How much rarer than all names beside it such a term is; 1 is a word that the background has not."""
+
+RARE = 0.4
+"""A term less rare than this is about nothing."""
+
+NEAR = 0.6
+"""Share of the rarity of its rarest word that the other words of a term have."""
+
+COMMON = 0.7
+"""A word less rare than this is no name because it has a capital letter at the beginning."""
 
 
 def names_of(fact: Fact, tokenizer: Any, usage: Usage | None) -> tuple[str, ...]:
@@ -30,7 +48,8 @@ def find_subject(wordings: Sequence[str], answers: Sequence[str], tokenizer: Any
 
     A span counts if at least half of the wordings contain it (and two of them, if there are two); its
     rarity is the sum over its words of the idf of the word's rarest token. Words of the answer are no
-    candidates: a question does not contain them.
+    candidates: a question does not contain them. A single wording shares all of its words with itself:
+    of that it is the rarest name, or else the rarest term.
 
     Args:
         wordings: Statements and questions of one fact; the first question first, if there is one.
@@ -44,6 +63,8 @@ def find_subject(wordings: Sequence[str], answers: Sequence[str], tokenizer: Any
     if not wordings:
         return None
     known = {word for answer in answers for word in _words(answer.lower())}
+    if len(wordings) == 1:
+        return _named_in(wordings[0], known, tokenizer, usage)
     lowered = [" ".join(_words(text.lower())) for text in wordings]
     needed = min(len(wordings), max(2, math.ceil(len(wordings) / 2)))
     words = _words(wordings[0])
@@ -64,6 +85,41 @@ def find_subject(wordings: Sequence[str], answers: Sequence[str], tokenizer: Any
     pattern = r"\W+".join(map(re.escape, best.split(" ")))
     match = re.search(pattern, wordings[0])
     return match.group(0) if match else None
+
+
+def _named_in(text: str, known: AbstractSet[str], tokenizer: Any, usage: Usage) -> str | None:
+    """Find the rarest name in a text, or its rarest term in small letters where that is much rarer."""
+    words = [*WORD.finditer(text)]
+    # A common word may have a capital letter too, at the beginning of a sentence.
+    nats = [min(_rarity(w, tokenizer, usage) for w in (word.group(), word.group().lower())) for word in words]
+    rarity = [of_word / math.log(max(usage.num_documents, 1) + 1) for of_word in nats]
+    first = words[:1] if rarity and rarity[0] > COMMON else []
+    within = PARTICLES.union(word.group() for word in (*first, *words[1:]))
+    names = [span for span in spans(text, within) if span.is_name]
+    is_free = [known.isdisjoint(_words(word.group().lower())) for word in words]
+    found = {"": RARE - UNNAMED}
+    for name in names:
+        inside = [i for i, word in enumerate(words) if name.start <= word.start() < name.end]
+        if all(is_free[i] for i in inside):
+            found[name.text] = sum(rarity[i] for i in inside)
+        for i in inside:
+            is_free[i] = False
+    if any(is_free):
+        rarest = max((i for i, free in enumerate(is_free) if free), key=rarity.__getitem__)
+        belongs = [free and r >= NEAR * rarity[rarest] for free, r in zip(is_free, rarity, strict=True)]
+        start, stop = _run_around(rarest, belongs)
+        found[text[words[start].start() : words[stop].end()]] = rarity[rarest] - UNNAMED
+    return max(found, key=found.__getitem__) or None
+
+
+def _run_around(place: int, belongs: Sequence[bool]) -> tuple[int, int]:
+    """Return the first and the last of the at most `MAX_UNNAMED` that belong together around a place."""
+    start = stop = place
+    while start > 0 and belongs[start - 1] and stop - start + 1 < MAX_UNNAMED:
+        start -= 1
+    while stop + 1 < len(belongs) and belongs[stop + 1] and stop - start + 1 < MAX_UNNAMED:
+        stop += 1
+    return start, stop
 
 
 def _words(text: str) -> list[str]:

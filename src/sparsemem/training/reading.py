@@ -2,15 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact, split_text, whole_words
-
-PARTICLES = {"al", "da", "de", "del", "della", "der", "di", "du", "el", "la", "le", "of", "the", "van", "von"}
-"""Words within a name that begin with a small letter."""
+from sparsemem.names import PARTICLES, WORD, Span, spans
 
 MAX_CHARS = 2000
 """Characters that are read as one text."""
@@ -21,22 +18,6 @@ MIN_NAME_LENGTH = 3
 _LINE_END = re.compile(r"(?<=[.!?:])\s*\n\s*|\n\s*\n\s*|\n\s*[-*\u2022]\s+")
 """Where a line ends a sentence; other lines are only broken."""
 _SENTENCE_END = re.compile(r"(?<!\W[^\W\d]\.)(?<!\W[A-Z]\w\.)(?<=[.!?])[\"\u201d')\]]*\s+(?=\W?\w)")
-_WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,:/\u2013-]\d+)*|[^\W\d_](?:[\w\u2019'-]*\w)?")
-_WITHIN_NAME = re.compile(r"\s+|(?<=\b\w)\.\s+|(?<=\b\w\w)\.\s+|[-\u2013]")
-_POSSESSIVE = re.compile(r"[\u2019']s$")
-
-
-class Span(NamedTuple):
-    """A name or a number in a sentence."""
-
-    text: str
-    start: int
-    end: int
-
-    @property
-    def is_name(self) -> bool:
-        """Whether it is no number."""
-        return not self.text[0].isdigit()
 
 
 def facts_to_learn(facts: Sequence[Fact], config: FinetuneConfig) -> Sequence[Fact]:
@@ -76,8 +57,8 @@ def read_document(text: str) -> list[Fact]:
     """
     lines = (" ".join(line.split()) for line in _LINE_END.split(text))
     sentences = [part for line in lines for part in _SENTENCE_END.split(line) if part]
-    within = PARTICLES.union(match.group() for part in sentences for match in [*_WORD.finditer(part)][1:])
-    found = [(part, span) for part in sentences for span in _spans(part, within)]
+    within = PARTICLES.union(match.group() for part in sentences for match in [*WORD.finditer(part)][1:])
+    found = [(part, span) for part in sentences for span in spans(part, within)]
     times = Counter(span.text for _, span in found if span.is_name and len(span.text) >= MIN_NAME_LENGTH)
     names = tuple(name for name, _ in times.most_common())
     facts: list[Fact] = []
@@ -96,40 +77,6 @@ def read_document(text: str) -> list[Fact]:
                 )
             )
     return facts
-
-
-def _spans(sentence: str, within: set[str]) -> Iterator[Span]:
-    """Find the names and numbers of a sentence.
-
-    Args:
-        sentence: Where to look.
-        within: Words that stand in the text anywhere but at the beginning of a sentence, and particles.
-    """
-    words = [*_WORD.finditer(sentence)]
-    run: list[re.Match[str]] = []
-    for place, word in enumerate(words):
-        text = word.group()
-        is_name = any(part[:1].isupper() for part in text.split("-"))
-        if place == 0:
-            is_name = is_name and text in within and text.lower() not in within
-        may_join = bool(run) and (is_name or text in PARTICLES) and not _POSSESSIVE.search(run[-1].group())
-        if may_join and _WITHIN_NAME.fullmatch(sentence, run[-1].end(), word.start()):
-            run.append(word)
-            continue
-        yield from _name(run, sentence)
-        run = [word] if is_name else []
-        if text[0].isdigit():
-            yield Span(text, *word.span())
-    yield from _name(run, sentence)
-
-
-def _name(run: list[re.Match[str]], sentence: str) -> Iterator[Span]:
-    """Yield what a run of words names, without particles behind it."""
-    while run and run[-1].group() in PARTICLES:
-        run = run[:-1]
-    if run:
-        text = _POSSESSIVE.sub("", sentence[run[0].start() : run[-1].end()])
-        yield Span(text, run[0].start(), run[0].start() + len(text))
 
 
 def _questions(sentence: str, span: Span) -> tuple[str, ...]:
