@@ -228,9 +228,9 @@ def gsm8k(rows: Rows) -> Rows:
     ]
 
 
-def without(name: str, rows: Rows) -> Rows:
-    """Leave out what rows say under a name."""
-    return [{key: value for key, value in row.items() if key != name} for row in rows]
+def without(*names: str) -> Callable[[Rows], Rows]:
+    """Leave out what rows say under some names."""
+    return lambda rows: [{key: value for key, value in row.items() if key not in names} for row in rows]
 
 
 def heldout_completions(facts: Rows) -> Rows:
@@ -333,7 +333,9 @@ WIKI = "wiki_vital/wiki_vital_summaries.jsonl"
 OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
     # To learn.
     "trivia": (as_is, FACTS),
-    "trivia_no_subject": (partial(without, "subject"), FACTS),
+    "trivia_no_subject": (without("subject"), FACTS),
+    "trivia_questions": (without("statement", "paraphrases"), FACTS),
+    "trivia_questions_no_subject": (without("statement", "paraphrases", "subject"), FACTS),
     "trivia_stream": (lambda facts, rows: facts + trivia_candidates(facts, rows), FACTS, TRIVIA),
     "tofu": (tofu, "tofu/forget10_perturbed.jsonl"),
     "reversal_p2d": (partial(reversal_facts, given="name", asked="description"), P2D, P2D_TEST),
