@@ -132,7 +132,7 @@ def _say_update(report: dict[str, Any]) -> None:
     facts = report["facts"]
     f1 = facts["seen_f1"] if facts["heldout_f1"] is None else facts["heldout_f1"]
     parts = [] if f1 is None else [f"F1 {f1:.3f}"]
-    parts += [f"{name} {probe['forgetting']:+.1%} forgotten" for name, probe in report["probes"].items()]
+    parts += [f"{name} {probe['forgetting']:+z.1%} forgotten" for name, probe in report["probes"].items()]
     if report.get("earlier", {}).get("f1") is not None:
         parts.append(f"{report['earlier']['num']} earlier facts F1 {report['earlier']['f1']:.3f}")
     console.say(f"update {report['update']} ({report['commit'][:10]}): {', '.join(parts)}")

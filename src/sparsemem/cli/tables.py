@@ -24,7 +24,7 @@ def show_report(report: dict[str, Any]) -> None:
         if facts[key] is not None
     ]
     for name, probe in report["probes"].items():
-        note = f"{probe['forgetting']:+.1%} forgotten"
+        note = f"{probe['forgetting']:+z.1%} forgotten"
         if probe.get("retention") is not None:
             note += f", {probe['retention']:.1%} of right answers kept"
         rows.append((name, probe["metric"], number(probe["before"]), number(probe["after"]), note))

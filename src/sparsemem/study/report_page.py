@@ -372,7 +372,7 @@ def _time(iso: str) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:+.2%}"
+    return NOTHING if value is None else f"{value:+z.2%}"
 
 
 def _counted(number: int, what: str) -> str:

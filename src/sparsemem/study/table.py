@@ -132,8 +132,8 @@ def _scores(runs: Sequence[Mapping[str, Any]], when: str, *path: str) -> list[fl
 def _interval(a: Sequence[float], b: Sequence[float]) -> str:
     interval = paired_bootstrap(a, b)
     if interval.low is None or interval.high is None:
-        return f"{interval.mean:+.3f}"
-    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+        return f"{interval.mean:+z.3f}"
+    return f"{interval.mean:+z.3f} ({interval.low:+z.3f} to {interval.high:+z.3f})"
 
 
 def with_block(text: str, name: str, block: str) -> str:
@@ -164,8 +164,8 @@ def _probe_columns(name: str, results: Results) -> list[_Column]:
     before, after = _at("probes", name, "before"), _at("probes", name, "after")
     title = f"{_probe_title(name, results)}, change"
     if metric in LOWER_IS_BETTER:
-        return [_Column(title, _at("probes", name, "forgetting"), "+.1%", base=before)]
-    change = _Column(title, _difference(before, after), "+.3f", base=before)
+        return [_Column(title, _at("probes", name, "forgetting"), "+z.1%", base=before)]
+    change = _Column(title, _difference(before, after), "+z.3f", base=before)
     kept = _Column(f"{name} kept", _at("probes", name, "retention"), ".1%")
     return [kept, change] if metric == "f1" else [change]
 
