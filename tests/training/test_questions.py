@@ -8,7 +8,7 @@ from sparsemem.likelihood import IGNORE
 from sparsemem.memory.attach import attach_memory, memory_layers
 from sparsemem.training.examples import collate
 from sparsemem.training.finetune import build_examples
-from sparsemem.training.questions import BEGINS, LENGTH, NOWHERE, OVER, RESUMES, Questions
+from sparsemem.training.questions import BEGINS, ENDS, LENGTH, NOWHERE, OVER, RESUMES, Questions
 
 from .conftest import LONG, NAMED_MEMORY, OWNER
 
@@ -83,4 +83,5 @@ def test_an_answer_begins_once(questions, tiny_tokenizer, config):
     assert short.num_labels > short.num_said + 1 == 2
     questions.introduce([short])
     _, where = questions._places(collate([short]))
-    assert (where == BEGINS).sum() == (where == OVER).sum() == 1
+    assert (where == BEGINS).sum() == (where == ENDS).sum() == 1
+    assert not (where == OVER).any()

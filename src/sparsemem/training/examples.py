@@ -50,6 +50,12 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:end])
 
     @property
+    def says_end(self) -> bool:
+        """Whether what tells that the answer is over is learned."""
+        end = None if self.over is None else self.over + 1
+        return end is not None and end < len(self.labels) and self.labels[end] != IGNORE
+
+    @property
     def start(self) -> int:
         """The first token whose prediction matters, or that a memory is to answer."""
         if not any(self.is_subject):

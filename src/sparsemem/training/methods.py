@@ -17,6 +17,7 @@ from sparsemem.memory.pool import NOTHING, Pool
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
+from sparsemem.training.endings import unended
 from sparsemem.training.examples import (
     Batch,
     Example,
@@ -126,6 +127,7 @@ class SparseMemory:
             for batch in batches:
                 new = [texts for texts in batch if texts[0].fact_index not in self.naming.questions.about]
                 self.naming.questions.introduce(itertools.chain(*new))
+                self.naming.questions.unended |= unended(self.model, itertools.chain(*new))
                 for of_batch in self._beforehand(batch).values():
                     self.naming.claim(of_batch)
             self.naming.solve()

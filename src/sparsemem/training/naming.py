@@ -11,13 +11,23 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sparsemem.memory.layer import NOTHING_ASKED, MemoryLayer
 from sparsemem.memory.pool import IN_BASE
-from sparsemem.training.questions import GOES_ON, MOST_ROWS, OVER, Asked, Questions, fact_of, joined
+from sparsemem.training.questions import (
+    END,
+    ENDS,
+    GOES_ON,
+    MOST_ROWS,
+    OVER,
+    Asked,
+    Questions,
+    fact_of,
+    joined,
+)
 
 NOBODY = -1
 """Owner of a slot that holds nothing. A row of this update has its number, an earlier row one below this."""
-SCORES = 32.0, 26.0, 26.0, 0.0
-"""What a row is to score where its answer begins, resumes, goes on and is over."""
-WEIGHTS = 4.0, 1.0, 1.0, 1.0
+SCORES = 32.0, 26.0, 26.0, 0.0, 32.0
+"""What a row is to score where its answer begins, resumes, goes on, is over, and where it says that it is."""
+WEIGHTS = 4.0, 1.0, 1.0, 1.0, 1.0
 """Weight of the squared error there. A long answer has one beginning among dozens of tokens, and goes on
 rightly only where it began so. Where it is over, it would be said again if its row were still asked for."""
 SAME_ANSWER = 16.0
@@ -91,14 +101,19 @@ class Naming:
         """Find the keys of the facts that were claimed and asked for since the last time."""
         asked = self.questions.take()
         is_new = torch.isin(asked.facts, asked.facts.new_tensor([*self.name_of]))
-        self._earlier = joined([self._earlier, asked.at(asked.is_start & ~is_new)])
+        # Which of the earlier facts say that they are over is not known: where it is asked for will tell.
+        earlier = asked.at(~is_new)
+        self._remember(earlier.ending(earlier.facts.unique().tolist()))
         by_name: dict[int, list[int]] = {}
         for fact in asked.facts[is_new].unique().tolist():
             by_name.setdefault(self.name_of[fact], []).append(fact)
         for name, facts in by_name.items():
             own = asked.at(torch.isin(asked.facts, asked.facts.new_tensor(facts)))
             self._keys |= self._keys_of_name(name, facts, own)
-        self._earlier = joined([self._earlier, asked.at(asked.is_start & is_new)])
+        self._remember(asked.at(is_new).ending(self.questions.unended))
+
+    def _remember(self, asked: Asked) -> None:
+        self._earlier = joined([self._earlier, asked.at(asked.is_start)])
 
     def begin(self) -> None:
         """Give the active rows that are new their name and key, and no value."""
@@ -119,13 +134,13 @@ class Naming:
         heirs = _heirs(asked, earlier)
         places = (self.pool.rows[:, 0] == name).nonzero().squeeze(1)
         if len(places):
-            replaced = self._replaced(asked, earlier, heirs, places)
+            replaced = self._replaced(asked.ending(self.questions.unended), earlier, heirs, places)
             self._inherit(facts, replaced)
             places = places[~torch.isin(places, places.new_tensor([*replaced]))]
         others = earlier.at(~torch.isin(earlier.facts, earlier.facts.new_tensor([*heirs])))
         # With the weight of any position, not that of the beginning of an own answer.
         others = others._replace(where=torch.full_like(others.where, GOES_ON))
-        asked = self._divided(asked)
+        asked = self._divided(asked.ending(self.questions.unended))
         rows = asked.rows.unique()
         return dict(zip(rows.tolist(), self._keys_of(rows, joined([asked, others]), places), strict=True))
 
@@ -157,7 +172,9 @@ class Naming:
         replaced: dict[int, int] = {}
         score_R, answered_R = self._answered(places, earlier)
         for fact, heir in heirs.items():
-            own = (answered_R == fact) & (score_R >= SAME_ROW_KNOWN)
+            own = (fact_of(answered_R) == fact) & (score_R >= SAME_ROW_KNOWN)
+            if (answered_R[own] == fact * MOST_ROWS + END).any():
+                self.questions.unended.add(heir)  # now it would not go on, for what is replaced
             surest = score_R[own].argsort(descending=True)[: self.questions.num_rows(fact)]
             replaced |= dict.fromkeys(places[own][surest].tolist(), heir)
         unknown = places[answered_R == NOBODY]
@@ -181,17 +198,17 @@ class Naming:
         return found
 
     def _answered(self, places: Tensor, earlier: Asked) -> tuple[Tensor, Tensor]:
-        """Tell which earlier fact each of some rows answers, and what it scores there.
+        """Tell which earlier row each of some rows is, and what it scores where that begins.
 
         Returns:
-            Scores, and facts, or `NOBODY` where none that is known asks for the row; shape (rows,).
+            Scores, and numbers, or `NOBODY` where nothing that is known asks for the row; shape (rows,).
         """
         if not len(earlier.rows):
             return self.pool.rows.new_zeros(len(places)), torch.full_like(places, NOBODY)
         starts = earlier.starts()
-        score_R, fact_R = (self._earlier_keys(places) @ torch.stack([*starts.values()]).T).max(dim=1)
-        fact_R = fact_of(places.new_tensor([*starts]))[fact_R]
-        return score_R, torch.where(score_R >= NOTHING_ASKED, fact_R, NOBODY)
+        score_R, start_R = (self._earlier_keys(places) @ torch.stack([*starts.values()]).T).max(dim=1)
+        row_R = places.new_tensor([*starts])[start_R]
+        return score_R, torch.where(score_R >= NOTHING_ASKED, row_R, NOBODY)
 
     def _inherit(self, facts: list[int], replaced: Mapping[int, int]) -> None:
         """Give new facts of a name the slots of the rows whose places they take."""
@@ -217,16 +234,22 @@ class Naming:
 
     def _divided(self, asked: Asked) -> Asked:
         """Divide the slots of facts among their rows: with few, each row says more of the answer."""
-        rows = asked.rows.clone()
+        rows, where = asked.rows.clone(), asked.where.clone()
         for fact in asked.facts.unique().tolist():
             slot_ids = self._slots_of(fact)
-            of_fact = asked.facts == fact
-            wanted, row = asked.rows[of_fact].unique(return_inverse=True)
-            number = max(1, min(len(wanted), len(slot_ids) // SLOTS_PER_ROW))
-            rows[of_fact] = fact * MOST_ROWS + row * number // len(wanted)
-            self.owners[slot_ids] = fact * MOST_ROWS + torch.arange(len(slot_ids)).to(slot_ids) % number
+            of_fact, ends = asked.facts == fact, asked.rows == fact * MOST_ROWS + END
+            says, part = asked.rows[of_fact & ~ends].unique(return_inverse=True)
+            most = max(1, len(slot_ids) // SLOTS_PER_ROW)
+            says_end = bool(ends.any()) and most > 1
+            number = min(len(says), most - says_end)
+            rows[of_fact & ~ends] = fact * MOST_ROWS + part * number // len(says)
+            if not says_end:
+                rows[ends], where[ends] = fact * MOST_ROWS, OVER
+            kinds = torch.tensor([*range(number), *[END] * says_end])
+            turns = torch.arange(len(slot_ids)) % len(kinds)
+            self.owners[slot_ids] = fact * MOST_ROWS + kinds[turns].to(slot_ids)
             self._undivided.discard(fact)
-        return asked._replace(rows=rows)
+        return Asked(asked.queries, rows, where)
 
     def _earlier_keys(self, places: Tensor) -> Tensor:
         return self.pool.rows[places, 1 : 1 + self.layer.relation_dim]
@@ -250,7 +273,8 @@ class Naming:
         mean_NR = own_PN.float().T @ earlier_PR / own_PN.sum(dim=0).unsqueeze(1)
         silent_RK = earlier_RK[(mean_NR < NOTHING_ASKED).all(dim=0)]
         weights_P = scores_P1.new_tensor(WEIGHTS)[asked.where]
-        of_fact_PN = (asked.facts.unsqueeze(1) == fact_of(rows_N)) & (asked.where != OVER).unsqueeze(1)
+        says_part_P, part_N = (asked.where != OVER) & (asked.where != ENDS), rows_N % MOST_ROWS != END
+        of_fact_PN = (asked.facts.unsqueeze(1) == fact_of(rows_N)) & says_part_P.unsqueeze(1) & part_N
         scores_PN = torch.where(own_PN, scores_P1, SAME_ANSWER * of_fact_PN)
         return solve_keys(asked.queries, scores_PN, weights_P, silent_RK)
 
