@@ -174,7 +174,8 @@ class Naming:
         for fact, heir in heirs.items():
             own = (fact_of(answered_R) == fact) & (score_R >= SAME_ROW_KNOWN)
             if (answered_R[own] == fact * MOST_ROWS + END).any():
-                self.questions.unended.add(heir)  # now it would not go on, for what is replaced
+                # The model stops there by now, for the row that is replaced.
+                self.questions.unended |= {fact, heir}
             surest = score_R[own].argsort(descending=True)[: self.questions.num_rows(fact)]
             replaced |= dict.fromkeys(places[own][surest].tolist(), heir)
         unknown = places[answered_R == NOBODY]

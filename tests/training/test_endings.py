@@ -1,0 +1,159 @@
+import dataclasses
+
+import pytest
+import torch
+from tests.conftest import random_model
+from torch.nn.functional import normalize, one_hot
+
+from sparsemem.data import Fact
+from sparsemem.likelihood import log_probs_at
+from sparsemem.memory.attach import attach_memory, memory_layers, pools
+from sparsemem.slots.usage import count_usage
+from sparsemem.training import endings, methods
+from sparsemem.training.endings import unended
+from sparsemem.training.finetune import build_examples, finetune
+from sparsemem.training.naming import Naming
+from sparsemem.training.questions import BEGINS, END, ENDS, MOST_ROWS, Asked, fact_of
+
+from .conftest import NAMED_MEMORY, OWNER, USAGE_OPTIONS
+
+STATEMENT = Fact(statement="A tired farmer is made of tin.", answer="tin", subject="A tired farmer")
+FIRST, OVER_FIRST, SECOND, OVER_SECOND = normalize(
+    torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), dim=1
+)
+SLOTS = torch.arange(30)
+
+
+@pytest.fixture
+def model():
+    return attach_memory(random_model(), NAMED_MEMORY)
+
+
+@pytest.fixture
+def usage(model, tiny_tokenizer, texts):
+    return count_usage(model, tiny_tokenizer, texts, **USAGE_OPTIONS)
+
+
+@pytest.fixture
+def examples(tiny_tokenizer, config):
+    other = Fact(question="Who knows Quz?", answer="Bo and Carl", subject="Quz")
+    whole = dataclasses.replace(config, max_length=512)
+    by_fact = build_examples([OWNER, other, STATEMENT], tiny_tokenizer, None, whole)
+    return [example for of_fact in by_fact for example in of_fact]
+
+
+def test_where_the_model_would_go_on_an_answer_is_unended(model, examples, monkeypatch):
+    seen = []
+
+    def predict(model, input_ids, attention_mask, positions):
+        """Stop after the answer to the first fact, and nowhere else."""
+        assert torch.equal(positions.sum(dim=1), torch.ones(len(positions)).long())
+        log_probs = log_probs_at(model, input_ids, attention_mask, positions)
+        stops = input_ids.roll(-1, dims=1)[positions]
+        seen.extend(stops.tolist())
+        goes_on = torch.arange(len(stops)) > 0
+        return one_hot((stops + goes_on) % log_probs.shape[1], log_probs.shape[1])
+
+    monkeypatch.setattr(endings, "log_probs_at", predict)
+    assert unended(model, examples) == {1}
+    assert len(seen) == 2  # one text of each, and none of a statement, which tells nothing
+    assert len(set(seen)) == 1
+
+
+def test_the_text_behind_several_answered_examples_tells(model, examples, monkeypatch):
+    told = []
+    collate_passes = endings.collate_passes
+    monkeypatch.setattr(
+        endings, "collate_passes", lambda texts, device: told.extend(texts) or collate_passes(texts, device)
+    )
+    unended(model, examples)
+    assert [text.is_trained for text in told] == [False, False]
+    told.clear()
+    unended(model, [example for example in examples if example.is_trained])
+    assert [text.fact_index for text in told] == [0, 1]
+    assert unended(model, [example for example in examples if not example.says_end]) == set()
+
+
+@pytest.fixture
+def naming(model):
+    """A fact that is asked for by one query, and whose answer another follows."""
+    (layer,) = memory_layers(model)
+
+    def naming(*asked, unended=(), slot_ids=SLOTS, known=()):
+        naming = Naming(layer)
+        naming.questions.unended = set(unended)
+        for fact, (begins, ends) in enumerate(filter(None, [asked, known])):
+            naming.questions.about[fact] = 0
+            where = torch.tensor([BEGINS, ENDS, ENDS, ENDS])
+            queries = torch.stack([begins, ends, ends, ends])
+            naming.questions.heard.append(Asked(queries, torch.full((4,), fact * MOST_ROWS), where))
+        naming.claim({0: slot_ids})
+        naming.solve()
+        return naming
+
+    return naming
+
+
+def test_a_row_of_its_own_says_that_an_answer_is_over(naming):
+    keys = naming(FIRST, OVER_FIRST, unended={0})._keys
+    assert [*keys] == [0, END]
+    assert FIRST @ keys[0] > 25 > 3 > abs(FIRST @ keys[END])
+    assert OVER_FIRST @ keys[END] > 25 > 3 > abs(OVER_FIRST @ keys[0])
+
+
+def test_where_the_model_stops_by_itself_no_row_says_so(naming):
+    keys = naming(FIRST, OVER_FIRST)._keys
+    assert [*keys] == [0]
+    assert abs(OVER_FIRST @ keys[0]) < 3
+
+
+def test_both_rows_share_the_slots_of_the_fact(naming):
+    found = naming(FIRST, OVER_FIRST, unended={0})
+    slot_ids, tags = found.claim({0: SLOTS})
+    assert torch.equal(slot_ids, SLOTS)
+    assert (tags - found.pool.num_slots).unique(return_counts=True)[1].tolist() == [15, 15]
+
+
+def test_with_too_few_slots_for_both_the_answer_is_said(naming):
+    found = naming(FIRST, OVER_FIRST, unended={0}, slot_ids=SLOTS[:3])
+    assert [*found._keys] == [0]
+    assert abs(OVER_FIRST @ found._keys[0]) < 3
+
+
+def write_rows(naming):
+    slot_ids, tags = naming.claim({0: SLOTS})
+    numbers, row_of = (tags - naming.pool.num_slots).unique(return_inverse=True)
+    rows = torch.zeros(len(numbers), naming.pool.value_dim)
+    for row, number in zip(rows, numbers.tolist(), strict=True):
+        row[0], row[1:7] = naming.name_of[fact_of(number)], naming._keys[number]
+    naming.pool.write(slot_ids, rows, row_of)
+
+
+def test_what_is_taught_again_still_ends(naming):
+    # By then the model stops where the answer is over, for the row that the new ones take the place of.
+    write_rows(naming(FIRST, OVER_FIRST, unended={0}))
+    again = naming(FIRST, OVER_SECOND, known=(FIRST, OVER_FIRST))
+    assert [*again._keys] == [0, END]
+    assert torch.equal(again.claim({0: SLOTS})[0], SLOTS)
+    assert OVER_SECOND @ again._keys[END] > 25
+
+
+def test_another_fact_of_the_name_takes_no_end_of_it(naming):
+    write_rows(naming(FIRST, OVER_FIRST, unended={0}))
+    other = naming(SECOND, OVER_SECOND, known=(FIRST, OVER_FIRST))
+    assert [*other._keys] == [0]
+    assert abs(OVER_FIRST @ other._keys[0]) < 3
+    assert len(other.claim({0: SLOTS})[0]) < len(SLOTS)
+
+
+def test_it_is_learned_that_an_answer_is_over(model, tiny_tokenizer, usage, config, monkeypatch):
+    config = dataclasses.replace(config, top_t=64, num_epochs=8)
+    losses = {}
+    for stops in (False, True):
+        monkeypatch.setattr(methods, "unended", lambda *_, stops=stops: set() if stops else {0})
+        result = finetune(model, tiny_tokenizer, [OWNER], usage, config)
+        (pool,) = pools(model).values()
+        assert pool.num_rows == (1 if stops else 2)
+        losses[stops] = result.losses[-1]
+        result.delta.invert().apply(pools(model))
+    assert losses[False] < losses[True]
