@@ -274,8 +274,9 @@ class Naming:
         mean_NR = own_PN.float().T @ earlier_PR / own_PN.sum(dim=0).unsqueeze(1)
         silent_RK = earlier_RK[(mean_NR < NOTHING_ASKED).all(dim=0)]
         weights_P = scores_P1.new_tensor(WEIGHTS)[asked.where]
-        says_part_P, part_N = (asked.where != OVER) & (asked.where != ENDS), rows_N % MOST_ROWS != END
-        of_fact_PN = (asked.facts.unsqueeze(1) == fact_of(rows_N)) & says_part_P.unsqueeze(1) & part_N
+        within_P = (asked.where != OVER) & (asked.where != ENDS)
+        of_fact_PN = (asked.facts.unsqueeze(1) == fact_of(rows_N)) & (rows_N % MOST_ROWS != END)
+        of_fact_PN &= within_P.unsqueeze(1)
         scores_PN = torch.where(own_PN, scores_P1, SAME_ANSWER * of_fact_PN)
         return solve_keys(asked.queries, scores_PN, weights_P, silent_RK)
 
