@@ -7,6 +7,9 @@ from typing import NamedTuple
 PARTICLES = {"al", "da", "de", "del", "della", "der", "di", "du", "el", "la", "le", "of", "the", "van", "von"}
 """Words within a name that begin with a small letter."""
 
+MIN_NAME_LENGTH = 3
+"""Letters of a name by which something is asked for."""
+
 WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,:/\u2013-]\d+)*|[^\W\d_](?:[\w\u2019'-]*\w)?")
 """A word, an abbreviation with its dots, or a number."""
 _WITHIN_NAME = re.compile(r"\s+|(?<=\b\w)\.\s+|(?<=\b\w\w)\.\s+|[-\u2013]")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparsemem.data import Fact
-from sparsemem.slots.subject import MAX_WORDS, find_subject, names_of
+from sparsemem.slots.subject import MAX_WORDS, _run_around, find_subject, names_of
 from sparsemem.slots.usage import Usage
 
 
@@ -115,16 +115,44 @@ def test_a_common_word_at_the_beginning_is_no_name(find):
 
 
 def test_the_answer_is_no_subject_of_a_wording_alone(find):
-    assert find(["Is the Quizzux Vox in Zyq born?"], ["Quizzux"]) == "Zyq"
+    assert find(["Is the Quizzux in Zyq born?"], ["Quizzux"]) == "Zyq"
+    assert find(["Is the Quizzux of the Vox in Zyq born?"], ["Quizzux of the Vox"]) == "Zyq"
     assert find(["Is the quizzuxyk of the zyqo born?"], ["quizzuxyk"]) == "zyqo"
 
 
+@pytest.mark.parametrize(
+    ("wording", "answer", "subject"),
+    [
+        ("Where is Zyqvex Quorl of the town?", "Zyqvex", "Zyqvex Quorl"),
+        ("Who is the Duke of Quux?", "Xizzy, the king of it", "Duke of Quux"),
+    ],
+    ids=["a word of it", "only a particle"],
+)
+def test_a_name_may_have_a_word_of_the_answer(find, wording, answer, subject):
+    assert find([wording], [answer]) == subject
+
+
+@pytest.mark.parametrize("letter", ["Z", "ZQ"])
+def test_a_letter_or_two_are_no_name(find, letter):
+    assert find([f"Who is the xyzzyk {letter} of the town?"], []) == f"xyzzyk {letter}"
+
+
 def test_a_term_has_at_most_three_words(find):
-    assert find(["Who is the xyzzyk qophyx zyqvex kvuxyz quuxyk?"]) in (
-        "xyzzyk qophyx zyqvex",
-        "qophyx zyqvex kvuxyz",
-        "zyqvex kvuxyz quuxyk",
-    )
+    assert find(["Who is the xyzzyk qophyx zyqvex kvuxyz quuxyk?"]) == "xyzzyk qophyx zyqvex"
+
+
+@pytest.mark.parametrize(
+    ("place", "belongs", "run"),
+    [
+        (0, [True] * 5, (0, 2)),
+        (4, [True] * 5, (2, 4)),
+        (2, [False, True, True, True, True], (1, 3)),
+        (2, [True, False, True, False, True], (2, 2)),
+        (1, [True, True], (0, 1)),
+    ],
+)
+def test_a_run_has_what_belongs_together_around_its_middle(place, belongs, run):
+    assert _run_around(place, belongs) == run
 
 
 def test_a_word_inside_another_is_not_shared(find):

@@ -292,10 +292,10 @@ def test_a_later_fact_about_the_same_subject_shares_its_slots(large, tiny_tokeni
     assert len(second.after.unique(dim=0)) > 1
 
 
-def test_only_what_mostly_one_other_fact_owns_is_shared(large, config):
+def test_only_what_mostly_one_other_fact_owns_is_shared(large, tiny_tokenizer, config):
     model, usage = large
     pools(model)["layer_1"].write(torch.arange(40, 48), torch.randn(2, 32), torch.arange(8) // 4)
-    method = SparseMemory(model, usage, config)
+    method = SparseMemory(model, tiny_tokenizer, usage, config)
 
     def trained(fact, slot_ids):
         return method._claim("layer_1", {fact: torch.tensor(slot_ids)}, {fact})[0].tolist()

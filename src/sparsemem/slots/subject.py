@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from sparsemem.data import Fact
-from sparsemem.names import PARTICLES, WORD, spans
+from sparsemem.names import MIN_NAME_LENGTH, PARTICLES, WORD, spans
 from sparsemem.slots.usage import Usage
 
 MAX_WORDS = 6
@@ -16,17 +16,19 @@ MAX_WORDS = 6
 MAX_UNNAMED = 3
 """Words of a term in small letters, of a single wording."""
 
+# Where 1 is the rarity of a word that the background has not. In 122 of 200 questions of TriviaQA these find
+# just the subject that was written down, in 166 a word of it; with others, a third more or less, as often.
 UNNAMED = 0.6
-"""How much rarer than all names beside it such a term is; 1 is a word that the background has not."""
+"""How much rarer than all words of a name together the rarest word of a term has to be."""
 
 RARE = 0.4
-"""A term less rare than this is about nothing."""
+"""Something less rare is about nothing."""
 
 NEAR = 0.6
 """Share of the rarity of its rarest word that the other words of a term have."""
 
 COMMON = 0.7
-"""A word less rare than this is no name because it has a capital letter at the beginning."""
+"""A word less rare is no name because it has a capital letter at the beginning."""
 
 
 def names_of(fact: Fact, tokenizer: Any, usage: Usage | None) -> tuple[str, ...]:
@@ -88,28 +90,32 @@ def find_subject(wordings: Sequence[str], answers: Sequence[str], tokenizer: Any
 
 
 def _named_in(text: str, known: AbstractSet[str], tokenizer: Any, usage: Usage) -> str | None:
-    """Find the rarest name in a text, or its rarest term in small letters where that is much rarer."""
+    """Find the rarest name in a text, or its rarest term in small letters where that is much rarer.
+
+    A name may have a word of the answer, but not only such.
+    """
     words = [*WORD.finditer(text)]
     # A common word may have a capital letter too, at the beginning of a sentence.
     nats = [min(_rarity(w, tokenizer, usage) for w in (word.group(), word.group().lower())) for word in words]
     rarity = [of_word / math.log(max(usage.num_documents, 1) + 1) for of_word in nats]
+    is_free = [known.isdisjoint(_words(word.group().lower())) for word in words]
     first = words[:1] if rarity and rarity[0] > COMMON else []
     within = PARTICLES.union(word.group() for word in (*first, *words[1:]))
-    names = [span for span in spans(text, within) if span.is_name]
-    is_free = [known.isdisjoint(_words(word.group().lower())) for word in words]
-    found = {"": RARE - UNNAMED}
-    for name in names:
+    found: dict[str, float] = {}
+    for name in spans(text, within):
         inside = [i for i, word in enumerate(words) if name.start <= word.start() < name.end]
-        if all(is_free[i] for i in inside):
-            found[name.text] = sum(rarity[i] for i in inside)
-        for i in inside:
-            is_free[i] = False
+        if name.is_name and len(name.text) >= MIN_NAME_LENGTH and max(rarity[i] for i in inside) > RARE:
+            if any(is_free[i] and words[i].group() not in PARTICLES for i in inside):
+                found[name.text] = sum(rarity[i] for i in inside)
+            for i in inside:
+                is_free[i] = False
     if any(is_free):
         rarest = max((i for i, free in enumerate(is_free) if free), key=rarity.__getitem__)
         belongs = [free and r >= NEAR * rarity[rarest] for free, r in zip(is_free, rarity, strict=True)]
         start, stop = _run_around(rarest, belongs)
-        found[text[words[start].start() : words[stop].end()]] = rarity[rarest] - UNNAMED
-    return max(found, key=found.__getitem__) or None
+        if rarity[rarest] > RARE:
+            found[text[words[start].start() : words[stop].end()]] = rarity[rarest] - UNNAMED
+    return max(found, key=found.__getitem__, default=None)
 
 
 def _run_around(place: int, belongs: Sequence[bool]) -> tuple[int, int]:

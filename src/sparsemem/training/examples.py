@@ -52,8 +52,7 @@ class Example:
     @property
     def says_end(self) -> bool:
         """Whether what tells that the answer is over is learned."""
-        end = None if self.over is None else self.over + 1
-        return end is not None and end < len(self.labels) and self.labels[end] != IGNORE
+        return self.over is not None and any(label != IGNORE for label in self.labels[self.over + 1 :][:1])
 
     @property
     def start(self) -> int:

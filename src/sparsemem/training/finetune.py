@@ -72,7 +72,9 @@ def finetune(
         usage: Background usage; needed for method="memory".
         config: Options.
         taught: What the memory was taught before, as far as it is known. A new fact does not answer what one
-            of these about the same subject is asked, or takes its place if it is asked the same.
+            of these about the same subject is asked, or takes its place if it is asked the same. Of one that
+            is not known rows may stay when it is corrected, which say no more than that an answer is over, or
+            later parts of a long one.
         background: Ordinary text for `penalty` and `replay_fraction`.
         evaluate: Called with the model after each epoch; of a stream, after each batch of facts. Of
             several processes the main one calls it (all, if the model is spread over them), and hands
@@ -98,7 +100,8 @@ def finetune(
         num_own, given = config.num_own_paraphrases, facts
         facts = distributed.from_main(lambda: with_own_paraphrases(model, tokenizer, given, num_own), model)
     by_fact = build_examples(facts, tokenizer, usage, config)
-    method = _method(model, usage, config, _earlier(by_fact, facts, taught, tokenizer, usage, config))
+    earlier = _earlier(by_fact, facts, taught, tokenizer, usage, config)
+    method = _method(model, tokenizer, usage, config, earlier)
     num_steps = math.ceil(len(by_fact) / config.facts_per_batch) * config.num_epochs
     losses: list[float] = []
     evaluations: list[tuple[int, Any]] = []
@@ -142,13 +145,17 @@ def finetune(
 
 
 def _method(
-    model: nn.Module, usage: Usage | None, config: FinetuneConfig, earlier: Sequence[Example]
+    model: nn.Module,
+    tokenizer: Any,
+    usage: Usage | None,
+    config: FinetuneConfig,
+    earlier: Sequence[Example],
 ) -> SparseMemory | DenseWeights:
     if config.method != "memory":
         return DenseWeights(model, config)
     if usage is None:
         raise PoolMismatchError("method='memory' needs background usage; pass count_usage(...)'s result")
-    return SparseMemory(model, usage, config, earlier)
+    return SparseMemory(model, tokenizer, usage, config, earlier)
 
 
 def build_examples(

@@ -2,7 +2,8 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from sparsemem.training.examples import (
 from sparsemem.training.naming import Naming
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import Forward, PrefixCache
+from sparsemem.training.questions import Questions
 
 
 def _ends(marks: Tensor) -> Tensor:
@@ -67,6 +69,7 @@ class SparseMemory:
 
     Args:
         model: A model with a memory.
+        tokenizer: Its tokenizer.
         usage: Background usage of its pools.
         config: Options; `ranking`, `top_t`, `anchor`, `optimizer` and their like.
         taught: Examples of earlier facts about what new ones are about: where those are asked for, the new
@@ -74,10 +77,16 @@ class SparseMemory:
     """
 
     def __init__(
-        self, model: nn.Module, usage: Usage, config: FinetuneConfig, taught: Sequence[Example] = ()
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        usage: Usage,
+        config: FinetuneConfig,
+        taught: Sequence[Example] = (),
     ) -> None:
         usage.check(model)
-        self.model, self.usage, self.config, self.taught = model, usage, config, taught
+        self.model, self.tokenizer, self.usage = model, tokenizer, usage
+        self.config, self.taught = config, taught
         self.pools = pools(model)
         self.ranking = RANKINGS[config.ranking]
         self.recorder = DeltaRecorder(self.pools)
@@ -120,17 +129,24 @@ class SparseMemory:
         before = torch.eye(self.naming.pool.value_dim - self.naming.layer.width)
         return {name: torch.block_diag(before, axes) for name, axes in self.usage.directions.items()}
 
-    def prepare(self, batches: Iterable[FactBatch]) -> None:
+    def prepare(self, batches: Sequence[FactBatch]) -> None:
         """See all facts that are trained in turn, since those of one name are told apart from each other."""
         if self.naming is not None:
             self._ask_taught(self.naming)
+            self._introduce(self.naming.questions, tuple(itertools.chain(*batches)))
             for batch in batches:
-                new = [texts for texts in batch if texts[0].fact_index not in self.naming.questions.about]
-                self.naming.questions.introduce(itertools.chain(*new))
-                self.naming.questions.unended |= unended(self.model, itertools.chain(*new))
                 for of_batch in self._beforehand(batch).values():
                     self.naming.claim(of_batch)
             self.naming.solve()
+
+    def _introduce(self, questions: Questions, facts: FactBatch) -> None:
+        """Make new facts known: what they are about, and how their answers are to end."""
+        new = [*itertools.chain(*(texts for texts in facts if texts[0].fact_index not in questions.about))]
+        if new:
+            questions.introduce(new)
+            questions.unended |= distributed.from_main(
+                lambda: unended(self.model, self.tokenizer, new), self.model
+            )
 
     def _ask_taught(self, naming: Naming) -> None:
         """See once what earlier facts were asked by."""

@@ -134,13 +134,16 @@ class Naming:
         heirs = _heirs(asked, earlier)
         places = (self.pool.rows[:, 0] == name).nonzero().squeeze(1)
         if len(places):
-            replaced = self._replaced(asked.ending(self.questions.unended), earlier, heirs, places)
+            self._end_again(earlier, heirs, places)
+        asked = asked.ending(self.questions.unended)
+        if len(places):
+            replaced = self._replaced(asked, earlier, heirs, places)
             self._inherit(facts, replaced)
             places = places[~torch.isin(places, places.new_tensor([*replaced]))]
         others = earlier.at(~torch.isin(earlier.facts, earlier.facts.new_tensor([*heirs])))
         # With the weight of any position, not that of the beginning of an own answer.
         others = others._replace(where=torch.full_like(others.where, GOES_ON))
-        asked = self._divided(asked.ending(self.questions.unended))
+        asked = self._divided(asked)
         rows = asked.rows.unique()
         return dict(zip(rows.tolist(), self._keys_of(rows, joined([asked, others]), places), strict=True))
 
@@ -154,6 +157,17 @@ class Naming:
             if self.name_of.get(fact) == name or about.get(fact) in subjects
         ]
         return self._earlier.at(torch.isin(self._earlier.facts, self._earlier.facts.new_tensor(same)))
+
+    def _end_again(self, earlier: Asked, heirs: Mapping[int, int], places: Tensor) -> None:
+        """Let a new fact say that it is over where the one whose place it takes does.
+
+        There the model stops by now, but for the row that is to be replaced.
+        """
+        score_R, answered_R = self._answered(places, earlier)
+        known = set(answered_R[score_R >= SAME_ROW_KNOWN].tolist())
+        for fact, heir in heirs.items():
+            if fact * MOST_ROWS + END in known:
+                self.questions.unended |= {fact, heir}
 
     def _replaced(
         self, asked: Asked, earlier: Asked, heirs: Mapping[int, int], places: Tensor
@@ -173,9 +187,6 @@ class Naming:
         score_R, answered_R = self._answered(places, earlier)
         for fact, heir in heirs.items():
             own = (fact_of(answered_R) == fact) & (score_R >= SAME_ROW_KNOWN)
-            if (answered_R[own] == fact * MOST_ROWS + END).any():
-                # The model stops there by now, for the row that is replaced.
-                self.questions.unended |= {fact, heir}
             surest = score_R[own].argsort(descending=True)[: self.questions.num_rows(fact)]
             replaced |= dict.fromkeys(places[own][surest].tolist(), heir)
         unknown = places[answered_R == NOBODY]
@@ -241,9 +252,9 @@ class Naming:
             of_fact, ends = asked.facts == fact, asked.rows == fact * MOST_ROWS + END
             says, part = asked.rows[of_fact & ~ends].unique(return_inverse=True)
             most = max(1, len(slot_ids) // SLOTS_PER_ROW)
-            says_end = bool(ends.any()) and most > 1
-            number = min(len(says), most - says_end)
-            rows[of_fact & ~ends] = fact * MOST_ROWS + part * number // len(says)
+            says_end = bool(ends.any()) and len(says) > 0 and most > 1
+            number = max(1, min(len(says), most - says_end))
+            rows[of_fact & ~ends] = fact * MOST_ROWS + part * number // max(1, len(says))
             if not says_end:
                 rows[ends], where[ends] = fact * MOST_ROWS, OVER
             kinds = torch.tensor([*range(number), *[END] * says_end])

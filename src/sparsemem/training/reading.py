@@ -7,13 +7,10 @@ from dataclasses import replace
 
 from sparsemem.config import FinetuneConfig
 from sparsemem.data import Fact, split_text, whole_words
-from sparsemem.names import PARTICLES, WORD, Span, spans
+from sparsemem.names import MIN_NAME_LENGTH, PARTICLES, WORD, Span, spans
 
 MAX_CHARS = 2000
 """Characters that are read as one text."""
-
-MIN_NAME_LENGTH = 3
-"""Letters of a name by which something is asked for."""
 
 _LINE_END = re.compile(r"(?<=[.!?:])\s*\n\s*|\n\s*\n\s*|\n\s*[-*\u2022]\s+")
 """Where a line ends a sentence; other lines are only broken."""
