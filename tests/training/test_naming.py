@@ -1,5 +1,4 @@
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -243,7 +242,7 @@ def test_the_last_token_of_an_answer_is_where_it_is_over(model, tiny_tokenizer, 
 
 
 def num_rows(tokenizer, fact):
-    return math.ceil(len(tokenizer(" " + fact.answer, add_special_tokens=False)["input_ids"]) / LENGTH)
+    return round(len(tokenizer(" " + fact.answer, add_special_tokens=False)["input_ids"]) / LENGTH)
 
 
 def test_a_long_answer_takes_several_rows_that_divide_the_slots(model, tiny_tokenizer, teach):

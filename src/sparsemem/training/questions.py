@@ -4,7 +4,6 @@ Shape letters: B examples, T tokens, P positions, K relation dim.
 """
 
 import contextlib
-import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,8 +17,9 @@ from sparsemem.memory.layer import MemoryLayer
 from sparsemem.training.examples import Batch, Example
 
 LENGTH = 5
-"""Tokens of an answer that one row says. What a row adds is the same at each of them: enough for a name, and
-too little for a sentence. With 4 sentences are learned no better, with 6 worse (experiments/fictional)."""
+"""Tokens of an answer that one row says, in the mean: up to 7 are left to one. What a row adds is the same at
+each of them: enough for a name, and too little for a sentence. With 4 sentences are learned no better, with 6
+worse (experiments/fictional)."""
 MOST_ROWS = 256
 """Rows of one fact, at most. Row n of fact f goes by the number `f * MOST_ROWS + n`."""
 END = MOST_ROWS - 1
@@ -124,7 +124,7 @@ class Questions:
         return self._num_parts(fact) + (fact in self.unended)
 
     def _num_parts(self, fact: int) -> int:
-        return min(END, math.ceil(self._lengths.get(fact, 1) / LENGTH))
+        return min(END, max(1, round(self._lengths.get(fact, 1) / LENGTH)))
 
     @contextlib.contextmanager
     def asked_in(self, part: Batch) -> Iterator[None]:
