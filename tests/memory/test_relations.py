@@ -112,6 +112,23 @@ def test_a_slot_speaks_for_its_name_however_many_rows_that_has(model, ids):
     assert as_one[5]
 
 
+@torch.no_grad()
+def test_where_rows_lie_changes_no_bit(model, ids):
+    slot_ids = reads_at(model, ids, 5)
+    rows = teach(model, slot_ids, name=3, num_rows=6)
+    rows[:, 1 + RELATION :] *= 1000  # so that all of them are heard
+    (pool,) = pools(model).values()
+    index = torch.arange(len(slot_ids)) % 6
+    found = []
+    for order in (torch.arange(6), torch.arange(6).flip(0), torch.tensor([3, 1, 5, 0, 4, 2])):
+        pool.write(slot_ids, torch.zeros_like(rows)[:1].expand(len(slot_ids), -1))
+        assert not len(pool.rows)
+        pool.write(slot_ids, rows[order], order.argsort()[index])
+        found.append((pool.rows, logits(model, ids)))
+    assert not torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(one, found[0][1]) for _, one in found)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_generate_with_a_cache_equals_without(model, ids, options):
     teach(model, reads_at(model, ids, 5), name=3, num_rows=2)

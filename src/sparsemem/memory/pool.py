@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsemem.errors import ConfigError, PoolMismatchError
 from sparsemem.memory.read import sparse_read
-from sparsemem.memory.rows import NOWHERE, distinct, places_in
+from sparsemem.memory.rows import NOWHERE, appended, distinct, order_of, places_in
 
 IN_BASE = -1
 """`slot_to_row` of a slot that was never written."""
@@ -148,11 +148,15 @@ class Pool(nn.Module):
         return names[torch.where(places >= 0, places, of_active)].long()
 
     def rows_named(self, names_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of some names, and which of these each has; gradients flow to the active ones."""
+        """Return the rows of some names, and which of these each has; gradients flow to the active ones.
+
+        They come in one order wherever they lie, so that a sum over them has the same bits.
+        """
         tables = [table for table in (self.rows, self.active) if table is not None]
         found = [(table.detach()[:, :1] == names_N).nonzero(as_tuple=True) for table in tables]
-        rows = [table[row_ids] for table, (row_ids, _) in zip(tables, found, strict=True)]
-        return torch.cat(rows), torch.cat([number for _, number in found])
+        rows = torch.cat([table[row_ids] for table, (row_ids, _) in zip(tables, found, strict=True)])
+        order = order_of(rows.detach())
+        return rows[order], torch.cat([number for _, number in found])[order]
 
     def is_empty(self) -> bool:
         """Whether every read is zero, so that a layer may skip it altogether."""
@@ -309,8 +313,8 @@ class Pool(nn.Module):
         self.rows[free], self.holders[free] = rows[: len(free)], holders[: len(free)]
         more = torch.arange(len(self.rows), len(self.rows) + len(rows) - len(free), device=free.device)
         if len(more):
-            self.rows = _appended(self.rows, rows[len(free) :])
-            self.holders = _appended(self.holders, holders[len(free) :])
+            self.rows = appended(self.rows, rows[len(free) :])
+            self.holders = appended(self.holders, holders[len(free) :])
         return torch.cat([free, more]).int()
 
     def _compact(self) -> None:
@@ -381,20 +385,3 @@ class Pool(nn.Module):
                 f"slot {int(outside[0])} lies outside this pool of {self.num_slots} slots; "
                 "the delta or usage was made for another pool"
             )
-
-
-def _appended(tensor: Tensor, more: Tensor) -> Tensor:
-    """Append to a tensor that is the whole beginning of its own storage.
-
-    What is returned keeps room for half as much again, which the next call fills: else each update would
-    copy all that was ever learned.
-    """
-    num, wanted = len(tensor), len(tensor) + len(more)
-    of_one = more[0].numel()
-    if tensor.untyped_storage().nbytes() < wanted * of_one * tensor.element_size():
-        room = tensor.new_empty(max(wanted, num * 3 // 2), *tensor.shape[1:])
-        room[:num] = tensor
-        tensor = room
-    longer = tensor.as_strided((wanted, *tensor.shape[1:]), tensor.stride(), 0)
-    longer[num:] = more
-    return longer

@@ -1,4 +1,4 @@
-"""Rows compared bit for bit: -0.0 == 0.0, but they are not the same row."""
+"""Tables of rows, compared bit for bit: -0.0 == 0.0, but they are not the same row."""
 
 import torch
 from torch import Tensor
@@ -44,9 +44,31 @@ def places_in(table: Tensor, rows: Tensor) -> Tensor:
     return places
 
 
+def order_of(rows: Tensor) -> Tensor:
+    """Return the places of rows in an order that only their bits decide, shape (rows,)."""
+    return _hashes(rows).argsort()
+
+
 def same_bits(some: Tensor, other: Tensor) -> bool:
     """Whether all rows are the same as their counterparts."""
     return torch.equal(some.contiguous().view(torch.int32), other.contiguous().view(torch.int32))
+
+
+def appended(tensor: Tensor, more: Tensor) -> Tensor:
+    """Append to a tensor that is the whole beginning of its own storage.
+
+    What is returned keeps room for half as much again, which the next call fills: else each update would
+    copy all that was ever learned.
+    """
+    num, wanted = len(tensor), len(tensor) + len(more)
+    of_one = more[0].numel()
+    if tensor.untyped_storage().nbytes() < wanted * of_one * tensor.element_size():
+        room = tensor.new_empty(max(wanted, num * 3 // 2), *tensor.shape[1:])
+        room[:num] = tensor
+        tensor = room
+    longer = tensor.as_strided((wanted, *tensor.shape[1:]), tensor.stride(), 0)
+    longer[num:] = more
+    return longer
 
 
 def _hashes(rows: Tensor) -> Tensor:
