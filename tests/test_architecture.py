@@ -10,7 +10,18 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "sparsemem"
 
 LAYERS = (
-    {"errors", "config", "console", "data", "distributed", "encode", "files", "likelihood", "prompts"},
+    {
+        "errors",
+        "config",
+        "console",
+        "data",
+        "distributed",
+        "encode",
+        "files",
+        "likelihood",
+        "names",
+        "prompts",
+    },
     {"memory"},
     {"slots"},
     {"training", "evaluation", "store"},

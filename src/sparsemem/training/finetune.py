@@ -93,7 +93,6 @@ def finetune(
     """
     config = config or FinetuneConfig()
     _check(model, background, config)
-    rng = random.Random(config.seed)
     torch.manual_seed(config.seed)
     facts = facts_to_learn(facts, config)
     if config.num_own_paraphrases:
@@ -107,7 +106,7 @@ def finetune(
     evaluations: list[tuple[int, Any]] = []
     seconds = 0.0
     try:
-        gradients = GradientStep(method, tokenizer, background, config, rng)
+        gradients = GradientStep(method, tokenizer, background, config, random.Random(config.seed))
         schedule = _schedule(config.lr_scheduler, method.optimizer, num_steps)
         for number, batches in enumerate(_rounds(by_fact, config), 1):
             started = time.perf_counter()
