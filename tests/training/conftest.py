@@ -11,6 +11,7 @@ from sparsemem.config import FinetuneConfig, MemoryConfig
 from sparsemem.data import Fact
 from sparsemem.memory.attach import pools
 from sparsemem.slots.usage import count_usage
+from sparsemem.training.questions import fact_of
 
 # No prompt formats: their five examples are four fifths of the time and change nothing here.
 USAGE_OPTIONS = {"num_documents": 30, "prompt_formats": False}
@@ -20,6 +21,16 @@ NAMED_MEMORY = MemoryConfig(
 )
 OWNER = Fact(question="Who owns Zed?", answer="Ana", subject="Zed")
 LONG = dataclasses.replace(OWNER, answer="Ana, Bo, Carl and Dora of the old mill")
+
+
+def write_rows(naming):
+    """Put the rows of a solved naming into the pool, without values."""
+    slot_ids, tags = naming.claim({fact: naming._claimed[fact][0] for fact in naming.name_of})
+    numbers, row_of = (tags - naming.pool.num_slots).unique(return_inverse=True)
+    rows = torch.zeros(len(numbers), naming.pool.value_dim)
+    for row, number in zip(rows, numbers.tolist(), strict=True):
+        row[0], row[1:7] = naming.name_of[fact_of(number)], naming._keys[number]
+    naming.pool.write(slot_ids, rows, row_of)
 
 
 def equal(a, b):

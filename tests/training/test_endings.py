@@ -21,10 +21,9 @@ from sparsemem.training.questions import (
     MOST_ROWS,
     RESUMES,
     Asked,
-    fact_of,
 )
 
-from .conftest import NAMED_MEMORY, OWNER, USAGE_OPTIONS
+from .conftest import NAMED_MEMORY, OWNER, USAGE_OPTIONS, write_rows
 
 STATEMENT = Fact(statement="A tired farmer is made of tin.", answer="tin", subject="A tired farmer")
 FIRST, OVER_FIRST, SECOND, OVER_SECOND = normalize(
@@ -171,15 +170,6 @@ def test_of_what_is_only_over_no_row_says_anything(naming):
     found = naming(None, OVER_FIRST, unended={0}, slot_ids=SLOTS[:1])
     assert [*found._keys] == [0]
     assert abs(OVER_FIRST @ found._keys[0]) < 3
-
-
-def write_rows(naming):
-    slot_ids, tags = naming.claim({0: SLOTS})
-    numbers, row_of = (tags - naming.pool.num_slots).unique(return_inverse=True)
-    rows = torch.zeros(len(numbers), naming.pool.value_dim)
-    for row, number in zip(rows, numbers.tolist(), strict=True):
-        row[0], row[1:7] = naming.name_of[fact_of(number)], naming._keys[number]
-    naming.pool.write(slot_ids, rows, row_of)
 
 
 def test_what_is_taught_again_still_ends(naming):

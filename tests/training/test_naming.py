@@ -27,7 +27,7 @@ from sparsemem.training.questions import (
     fact_of,
 )
 
-from .conftest import LONG, NAMED_MEMORY, OWNER, USAGE_OPTIONS
+from .conftest import LONG, NAMED_MEMORY, OWNER, USAGE_OPTIONS, write_rows
 
 PLACE = Fact(question="Who knows Zed?", answer="Bo", subject="Zed")
 OTHER = Fact(statement="A tired farmer is made of tin.", answer="tin", subject="A tired farmer")
@@ -288,16 +288,6 @@ def claimed(model):
         return naming
 
     return claimed
-
-
-def write_rows(naming):
-    """Put the rows of a solved naming into the pool, without values."""
-    slot_ids, tags = naming.claim({fact: naming._claimed[fact][0] for fact in naming.name_of})
-    numbers, row_of = (tags - naming.pool.num_slots).unique(return_inverse=True)
-    rows = torch.zeros(len(numbers), naming.pool.value_dim)
-    for row, number in zip(rows, numbers.tolist(), strict=True):
-        row[0], row[1:7] = naming.name_of[fact_of(number)], naming._keys[number]
-    naming.pool.write(slot_ids, rows, row_of)
 
 
 @pytest.fixture

@@ -133,11 +133,11 @@ class Naming:
         earlier = self._asked_before(name, facts)
         heirs = _heirs(asked, earlier)
         places = (self.pool.rows[:, 0] == name).nonzero().squeeze(1)
-        if len(places):
-            self._end_again(earlier, heirs, places)
+        answered = self._answered(places, earlier)
+        self._end_again(answered, heirs)
         asked = asked.ending(self.questions.unended)
         if len(places):
-            replaced = self._replaced(asked, earlier, heirs, places)
+            replaced = self._replaced(asked, answered, heirs, places)
             self._inherit(facts, replaced)
             places = places[~torch.isin(places, places.new_tensor([*replaced]))]
         others = earlier.at(~torch.isin(earlier.facts, earlier.facts.new_tensor([*heirs])))
@@ -158,25 +158,25 @@ class Naming:
         ]
         return self._earlier.at(torch.isin(self._earlier.facts, self._earlier.facts.new_tensor(same)))
 
-    def _end_again(self, earlier: Asked, heirs: Mapping[int, int], places: Tensor) -> None:
+    def _end_again(self, answered: tuple[Tensor, Tensor], heirs: Mapping[int, int]) -> None:
         """Let a new fact say that it is over where the one whose place it takes does.
 
         There the model stops by now, but for the row that is to be replaced.
         """
-        score_R, answered_R = self._answered(places, earlier)
+        score_R, answered_R = answered
         known = set(answered_R[score_R >= SAME_ROW_KNOWN].tolist())
         for fact, heir in heirs.items():
             if fact * MOST_ROWS + END in known:
                 self.questions.unended |= {fact, heir}
 
     def _replaced(
-        self, asked: Asked, earlier: Asked, heirs: Mapping[int, int], places: Tensor
+        self, asked: Asked, answered: tuple[Tensor, Tensor], heirs: Mapping[int, int], places: Tensor
     ) -> dict[int, int]:
         """Find the earlier rows that answer just what new facts answer.
 
         Args:
             asked: What the new facts of a name are asked by.
-            earlier: What earlier facts about the same were asked by, as far as it is known.
+            answered: What each of the name's earlier rows scores, and which it is, as of `_answered`.
             heirs: The new facts that are asked by what an earlier one was, by that one.
             places: The name's earlier rows, shape (rows,).
 
@@ -184,7 +184,7 @@ class Naming:
             New fact by earlier row.
         """
         replaced: dict[int, int] = {}
-        score_R, answered_R = self._answered(places, earlier)
+        score_R, answered_R = answered
         for fact, heir in heirs.items():
             own = (fact_of(answered_R) == fact) & (score_R >= SAME_ROW_KNOWN)
             surest = score_R[own].argsort(descending=True)[: self.questions.num_rows(fact)]
