@@ -10,12 +10,13 @@ from sparsemem.data import Fact
 from sparsemem.memory.attach import attach_memory, memory_layers, pools
 from sparsemem.prompts import qa_prompt
 from sparsemem.slots.usage import count_usage
+from sparsemem.training import methods
 from sparsemem.training import naming as naming_module
 from sparsemem.training.finetune import build_examples, finetune
 from sparsemem.training.naming import RIDGE, Naming, solve_keys
 from sparsemem.training.questions import (
     BEGINS,
-    ELSEWHERE,
+    ENDS,
     GOES_ON,
     LENGTH,
     MOST_ROWS,
@@ -35,6 +36,12 @@ OTHER = Fact(statement="A tired farmer is made of tin.", answer="tin", subject="
 @pytest.fixture
 def model():
     return attach_memory(random_model(), NAMED_MEMORY)
+
+
+@pytest.fixture(autouse=True)
+def stops(monkeypatch):
+    """A random model stops nowhere; tests/training/test_endings.py has what is then to be said."""
+    monkeypatch.setattr(methods, "unended", lambda *_: set())
 
 
 @pytest.fixture
@@ -206,17 +213,14 @@ def test_another_answer_to_the_same_question_takes_the_place_of_the_first(model,
     assert all(torch.equal(found, kept) for found, kept in zip(pool.written(), before, strict=True))
 
 
-@pytest.mark.parametrize("where", [OVER, ELSEWHERE])
-def test_where_an_answer_is_over_and_elsewhere_its_row_is_not_asked_for(model, where):
+def test_where_an_answer_is_over_its_row_is_not_asked_for(model):
     begins, goes_on, over = normalize(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), dim=1)
     over = normalize(over + goes_on, dim=0)  # which looks much like it
     (layer,) = memory_layers(model)
     naming = Naming(layer)
     naming.name_of = {0: 3}
-    times = {OVER: 1, ELSEWHERE: 10}[where]
-    where = torch.tensor([BEGINS, GOES_ON, *[where] * times])
-    queries = torch.stack([begins, goes_on, *[over] * times])
-    naming.questions.heard.append(Asked(queries, torch.zeros(len(where)).long(), where))
+    where = torch.tensor([BEGINS, GOES_ON, OVER])
+    naming.questions.heard.append(Asked(torch.stack([begins, goes_on, over]), torch.zeros(3).long(), where))
     naming.solve()
     key = naming._keys[0]
     assert begins @ key > 25
@@ -231,9 +235,10 @@ def test_the_last_token_of_an_answer_is_where_it_is_over(model, tiny_tokenizer, 
     config = FinetuneConfig(num_epochs=1, top_t=64)
     finetune(model, tiny_tokenizer, [dataclasses.replace(fact, subject="Zed")], usage, config)
     where = torch.cat([asked.where for asked in seen])
-    # Of a statement nothing is learned that would tell; a reply ends by what says it.
-    assert 0 < (where == OVER).sum() <= (where == BEGINS).sum()
-    assert ((where == OVER).sum() == (where == BEGINS).sum()) == (fact.question is None)
+    is_over = (where == OVER) | (where == ENDS)
+    assert is_over.sum() == (where == BEGINS).sum() > 0
+    # Of a statement nothing is learned that would tell.
+    assert (where == ENDS).any() == (fact.question is not None)
 
 
 def num_rows(tokenizer, fact):
@@ -256,8 +261,8 @@ def test_what_is_only_listened_to_is_heard(model, tiny_tokenizer, usage, monkeyp
     (examples,) = build_examples([OWNER], tiny_tokenizer, usage, config)
     taught = [example for example in examples if example.teaches]
     assert sum(not example.is_trained for example in taught) == 1
-    begins = [asked.where == BEGINS for asked in seen]
-    assert sum(map(torch.sum, begins)) == len(taught)
+    is_over = [(asked.where == OVER) | (asked.where == ENDS) for asked in seen]
+    assert sum(map(torch.sum, is_over)) == len(taught)
 
 
 # Made up, as the states of a random model tell no two questions apart.

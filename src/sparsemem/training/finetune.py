@@ -73,7 +73,8 @@ def finetune(
         config: Options.
         taught: What the memory was taught before, as far as it is known. A new fact does not answer what one
             of these about the same subject is asked, or takes its place if it is asked the same. Of one that
-            is not known rows may stay when it is corrected, which say later parts of a long answer.
+            is not known rows may stay when it is corrected, which say no more than that an answer is over, or
+            later parts of a long one.
         background: Ordinary text for `penalty` and `replay_fraction`.
         evaluate: Called with the model after each epoch; of a stream, after each batch of facts. Of
             several processes the main one calls it (all, if the model is spread over them), and hands

@@ -18,6 +18,7 @@ from sparsemem.memory.pool import NOTHING, Pool
 from sparsemem.slots.ranking import RANKINGS
 from sparsemem.slots.selection import select_slots
 from sparsemem.slots.usage import Usage
+from sparsemem.training.endings import unended
 from sparsemem.training.examples import (
     Batch,
     Example,
@@ -30,6 +31,7 @@ from sparsemem.training.examples import (
 from sparsemem.training.naming import Naming
 from sparsemem.training.optim import SlotOptimizer
 from sparsemem.training.prefix import Forward, PrefixCache
+from sparsemem.training.questions import Questions
 
 
 def _ends(marks: Tensor) -> Tensor:
@@ -131,11 +133,20 @@ class SparseMemory:
         """See all facts that are trained in turn, since those of one name are told apart from each other."""
         if self.naming is not None:
             self._ask_taught(self.naming)
-            self.naming.questions.introduce(itertools.chain(*itertools.chain(*batches)))
+            self._introduce(self.naming.questions, tuple(itertools.chain(*batches)))
             for batch in batches:
                 for of_batch in self._beforehand(batch).values():
                     self.naming.claim(of_batch)
             self.naming.solve()
+
+    def _introduce(self, questions: Questions, facts: FactBatch) -> None:
+        """Make new facts known: what they are about, and how their answers are to end."""
+        new = [*itertools.chain(*(texts for texts in facts if texts[0].fact_index not in questions.about))]
+        if new:
+            questions.introduce(new)
+            questions.unended |= distributed.from_main(
+                lambda: unended(self.model, self.tokenizer, new), self.model
+            )
 
     def _ask_taught(self, naming: Naming) -> None:
         """See once what earlier facts were asked by."""

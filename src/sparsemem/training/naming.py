@@ -11,16 +11,25 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sparsemem.memory.layer import NOTHING_ASKED, MemoryLayer
 from sparsemem.memory.pool import IN_BASE
-from sparsemem.training.questions import GOES_ON, MOST_ROWS, Asked, Questions, fact_of, joined
+from sparsemem.training.questions import (
+    END,
+    ENDS,
+    GOES_ON,
+    MOST_ROWS,
+    OVER,
+    Asked,
+    Questions,
+    fact_of,
+    joined,
+)
 
 NOBODY = -1
 """Owner of a slot that holds nothing. A row of this update has its number, an earlier row one below this."""
-SCORES = 32.0, 26.0, 26.0, 0.0, 0.0
-"""What a row is to score where its answer begins, resumes, goes on, is over, and elsewhere."""
-WEIGHTS = 4.0, 1.0, 1.0, 1.0, 0.1
+SCORES = 32.0, 26.0, 26.0, 0.0, 32.0
+"""What a row is to score where its answer begins, resumes, goes on, is over, and where it says that it is."""
+WEIGHTS = 4.0, 1.0, 1.0, 1.0, 1.0
 """Weight of the squared error there. A long answer has one beginning among dozens of tokens, and goes on
-rightly only where it began so. Where it is over, it would be said again if its row were still asked for;
-elsewhere, at one token in three after the name."""
+rightly only where it began so. Where it is over, it would be said again if its row were still asked for."""
 SAME_ANSWER = 16.0
 """What a row is to score where another says its part of the same answer: too little to be heard, and yet not
 nothing. Else the rows of one answer would have to be told apart as strictly as those of two, and little be
@@ -92,14 +101,16 @@ class Naming:
         """Find the keys of the facts that were claimed and asked for since the last time."""
         asked = self.questions.take()
         is_new = torch.isin(asked.facts, asked.facts.new_tensor([*self.name_of]))
-        self._remember(asked.at(~is_new))
+        # Which of the earlier facts say that they are over is not known: where it is asked for will tell.
+        earlier = asked.at(~is_new)
+        self._remember(earlier.ending(earlier.facts.unique().tolist()))
         by_name: dict[int, list[int]] = {}
         for fact in asked.facts[is_new].unique().tolist():
             by_name.setdefault(self.name_of[fact], []).append(fact)
         for name, facts in by_name.items():
             own = asked.at(torch.isin(asked.facts, asked.facts.new_tensor(facts)))
             self._keys |= self._keys_of_name(name, facts, own)
-        self._remember(asked.at(is_new))
+        self._remember(asked.at(is_new).ending(self.questions.unended))
 
     def _remember(self, asked: Asked) -> None:
         self._earlier = joined([self._earlier, asked.at(asked.is_start)])
@@ -123,6 +134,8 @@ class Naming:
         heirs = _heirs(asked, earlier)
         places = (self.pool.rows[:, 0] == name).nonzero().squeeze(1)
         answered = self._answered(places, earlier)
+        self._end_again(answered, heirs)
+        asked = asked.ending(self.questions.unended)
         if len(places):
             replaced = self._replaced(asked, answered, heirs, places)
             self._inherit(facts, replaced)
@@ -144,6 +157,17 @@ class Naming:
             if self.name_of.get(fact) == name or about.get(fact) in subjects
         ]
         return self._earlier.at(torch.isin(self._earlier.facts, self._earlier.facts.new_tensor(same)))
+
+    def _end_again(self, answered: tuple[Tensor, Tensor], heirs: Mapping[int, int]) -> None:
+        """Let a new fact say that it is over where the one whose place it takes does.
+
+        There the model stops by now, but for the row that is to be replaced.
+        """
+        score_R, answered_R = answered
+        known = set(answered_R[score_R >= SAME_ROW_KNOWN].tolist())
+        for fact, heir in heirs.items():
+            if fact * MOST_ROWS + END in known:
+                self.questions.unended |= {fact, heir}
 
     def _replaced(
         self, asked: Asked, answered: tuple[Tensor, Tensor], heirs: Mapping[int, int], places: Tensor
@@ -222,17 +246,22 @@ class Naming:
 
     def _divided(self, asked: Asked) -> Asked:
         """Divide the slots of facts among their rows: with few, each row says more of the answer."""
-        rows = asked.rows.clone()
+        rows, where = asked.rows.clone(), asked.where.clone()
         for fact in asked.facts.unique().tolist():
             slot_ids = self._slots_of(fact)
-            of_fact = asked.facts == fact
-            says, part = asked.rows[of_fact].unique(return_inverse=True)
-            number = max(1, min(len(says), len(slot_ids) // SLOTS_PER_ROW))
-            rows[of_fact] = fact * MOST_ROWS + part * number // len(says)
-            turns = torch.arange(len(slot_ids)) % number
-            self.owners[slot_ids] = fact * MOST_ROWS + turns.to(slot_ids)
+            of_fact, ends = asked.facts == fact, asked.rows == fact * MOST_ROWS + END
+            says, part = asked.rows[of_fact & ~ends].unique(return_inverse=True)
+            most = max(1, len(slot_ids) // SLOTS_PER_ROW)
+            says_end = bool(ends.any()) and len(says) > 0 and most > 1
+            number = max(1, min(len(says), most - says_end))
+            rows[of_fact & ~ends] = fact * MOST_ROWS + part * number // max(1, len(says))
+            if not says_end:
+                rows[ends], where[ends] = fact * MOST_ROWS, OVER
+            kinds = torch.tensor([*range(number), *[END] * says_end])
+            turns = torch.arange(len(slot_ids)) % len(kinds)
+            self.owners[slot_ids] = fact * MOST_ROWS + kinds[turns].to(slot_ids)
             self._undivided.discard(fact)
-        return asked._replace(rows=rows)
+        return Asked(asked.queries, rows, where)
 
     def _earlier_keys(self, places: Tensor) -> Tensor:
         return self.pool.rows[places, 1 : 1 + self.layer.relation_dim]
@@ -251,13 +280,14 @@ class Naming:
         # As far above what an earlier row scores as above nothing: it may answer the same question, and
         # then where that is asked the new row is not to be silent.
         rival_P = earlier_PR.amax(dim=1) if len(earlier_RK) else earlier_PR.new_tensor(NOTHING_ASKED)
-        above_P = (rival_P - NOTHING_ASKED).clamp(min=0) * asked.is_within
+        above_P = (rival_P - NOTHING_ASKED).clamp(min=0) * (asked.where != OVER)
         scores_P1 = (own_PN.new_tensor(SCORES, dtype=torch.float32)[asked.where] + above_P).unsqueeze(1)
-        says_PN = own_PN & asked.is_within.unsqueeze(1)
-        mean_NR = says_PN.float().T @ earlier_PR / says_PN.sum(dim=0).clamp(min=1).unsqueeze(1)
+        mean_NR = own_PN.float().T @ earlier_PR / own_PN.sum(dim=0).unsqueeze(1)
         silent_RK = earlier_RK[(mean_NR < NOTHING_ASKED).all(dim=0)]
         weights_P = scores_P1.new_tensor(WEIGHTS)[asked.where]
-        of_fact_PN = (asked.facts.unsqueeze(1) == fact_of(rows_N)) & asked.is_within.unsqueeze(1)
+        within_P = (asked.where != OVER) & (asked.where != ENDS)
+        of_fact_PN = (asked.facts.unsqueeze(1) == fact_of(rows_N)) & (rows_N % MOST_ROWS != END)
+        of_fact_PN &= within_P.unsqueeze(1)
         scores_PN = torch.where(own_PN, scores_P1, SAME_ANSWER * of_fact_PN)
         return solve_keys(asked.queries, scores_PN, weights_P, silent_RK)
 

@@ -4,7 +4,7 @@ Shape letters: B examples, T tokens, P positions, K relation dim.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,13 +22,12 @@ each of them: enough for a name, and too little for a sentence. With 4 sentences
 worse (experiments/fictional)."""
 MOST_ROWS = 256
 """Rows of one fact, at most. Row n of fact f goes by the number `f * MOST_ROWS + n`."""
-BEGINS, RESUMES, GOES_ON, OVER, ELSEWHERE = range(5)
-"""Where a text is: before an answer, before what a further row says of it, elsewhere within it (which is also
-where a reply is to end), at the last token of it in prose, and at any other after the name."""
+END = MOST_ROWS - 1
+"""The row of a fact that says no part of the answer, but that it is over."""
+BEGINS, RESUMES, GOES_ON, OVER, ENDS = range(5)
+"""Where a text is: before an answer, before what a further row says of it, elsewhere within it, and at the
+last token of it, where nothing is to be said or that it is over."""
 NOWHERE = -1
-"""Where nothing is listened to."""
-ELSEWHERE_KEPT = 4
-"""Places of each text that are listened to, though neither an answer nor its end is near."""
 Number = TypeVar("Number", int, Tensor)
 
 
@@ -43,7 +42,7 @@ class Asked(NamedTuple):
     Args:
         queries: Of length 1, shape (positions, relation_dim).
         rows: Number of the row that is to say what follows, shape (positions,), int64.
-        where: `BEGINS`, `RESUMES`, `GOES_ON`, `OVER` or `ELSEWHERE`, same shape, int64.
+        where: `BEGINS`, `RESUMES`, `GOES_ON`, `OVER` or `ENDS`, same shape, int64.
     """
 
     queries: Tensor
@@ -58,12 +57,7 @@ class Asked(NamedTuple):
     @property
     def is_start(self) -> Tensor:
         """Where what a row says begins, shape (positions,)."""
-        return (self.where == BEGINS) | (self.where == RESUMES)
-
-    @property
-    def is_within(self) -> Tensor:
-        """Where an answer is to be said, shape (positions,)."""
-        return (self.where != OVER) & (self.where != ELSEWHERE)
+        return (self.where == BEGINS) | (self.where == RESUMES) | (self.where == ENDS)
 
     def at(self, positions: Tensor) -> "Asked":
         """Take some of them."""
@@ -77,6 +71,13 @@ class Asked(NamedTuple):
         """Return the mean of what facts are asked by where their answers begin, by fact."""
         begins = self.where == BEGINS
         return _means(self.queries[begins], self.facts[begins])
+
+    def ending(self, facts: Collection[int]) -> "Asked":
+        """Let a row of its own say that an answer is over, of some facts; of the others nothing does."""
+        ends = self.where == ENDS
+        said = ends & torch.isin(self.facts, self.facts.new_tensor([*facts]))
+        where = torch.where(ends & ~said, OVER, self.where)
+        return self._replace(rows=torch.where(said, self.facts * MOST_ROWS + END, self.rows), where=where)
 
 
 def _means(queries_PK: Tensor, numbers_P: Tensor) -> dict[int, Tensor]:
@@ -102,6 +103,8 @@ class Questions:
         """Number of what each fact is about, if it is known."""
         self.heard: list[Asked] = []
         """What was heard by this process since `take`."""
+        self.unended: set[int] = set()
+        """Facts after whose answers the model would go on: a row of their own says that these are over."""
         self._lengths: dict[int, int] = {}
         nothing = layer.pool.slot_to_row[:0].long()
         self.nothing = Asked(layer.pool.rows.new_zeros(0, layer.relation_dim), nothing, nothing)
@@ -118,7 +121,10 @@ class Questions:
 
     def num_rows(self, fact: int) -> int:
         """How many rows a fact takes."""
-        return min(MOST_ROWS, max(1, round(self._lengths.get(fact, 1) / LENGTH)))
+        return self._num_parts(fact) + (fact in self.unended)
+
+    def _num_parts(self, fact: int) -> int:
+        return min(END, max(1, round(self._lengths.get(fact, 1) / LENGTH)))
 
     @contextlib.contextmanager
     def asked_in(self, part: Batch) -> Iterator[None]:
@@ -147,7 +153,7 @@ class Questions:
     def _places(self, part: Batch) -> tuple[Tensor, Tensor]:
         """Tell which row each token of a batch asks for, and where of it it is; or `NOWHERE`."""
         numbers = [
-            (self._lengths.get(fact, 1), self.num_rows(fact), example.num_left_out)
+            (self._lengths.get(fact, 1), self._num_parts(fact), example.num_left_out)
             for fact, example in zip(part.fact_index.tolist(), part.examples, strict=True)
         ]
         length_B1, num_parts_B1, left_out_B1 = part.labels.new_tensor(numbers).T.unsqueeze(-1)
@@ -161,17 +167,5 @@ class Questions:
         where_BT = torch.where(before_BT, where_BT, NOWHERE)
         for number, (example, start) in enumerate(zip(part.examples, part.starts, strict=True)):
             if example.teaches and example.over is not None:
-                # A reply is ended by what says it: else a model takes one in eight for the beginning of more.
-                where_BT[number, example.over - start] = GOES_ON if example.says_end else OVER
-        is_teaching_B1 = torch.tensor([[example.teaches] for example in part.examples]).to(where_BT.device)
-        is_text_BT = part.attention_mask[:, -part.num_tokens :].bool() & is_teaching_B1
-        is_free_BT = is_text_BT & (part.is_subject.cumsum(dim=1) > 0) & (where_BT == NOWHERE)
-        where_BT[_spread(is_free_BT, ELSEWHERE_KEPT)] = ELSEWHERE
+                where_BT[number, example.over - start] = ENDS if example.says_end else OVER
         return part.fact_index.unsqueeze(1) * MOST_ROWS + row_BT, where_BT
-
-
-def _spread(mask_BT: Tensor, num: int) -> Tensor:
-    """Keep `num` of the marks of each text, as far apart as they go; all, where it has no more."""
-    number_BT, total_B1 = mask_BT.cumsum(dim=1), mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
-    share_BT = number_BT * total_B1.clamp(max=num) // total_B1
-    return mask_BT & (share_BT.diff(dim=1, prepend=torch.zeros_like(total_B1)) > 0)
