@@ -233,7 +233,7 @@ def without(*names: str) -> Callable[[Rows], Rows]:
     return lambda rows: [{key: value for key, value in row.items() if key not in names} for row in rows]
 
 
-def asked(facts: Rows) -> Rows:
+def heldout_questions(facts: Rows) -> Rows:
     """Take the held-out questions of facts as texts about their subjects."""
     return [{"text": question} for fact in facts for question in fact["heldout_questions"]]
 
@@ -354,9 +354,9 @@ OUTPUTS: dict[str, tuple[Callable[..., Rows], *tuple[str, ...]]] = {
     "reversal_d2p_reversed": (partial(reversal_probe, given="name", asked="description"), D2P_TEST, P2D_TEST),
     "squad_questions": (squad_questions, SQUAD),
     "squad_questions_last_10": (partial(squad_questions, passages=slice(-10, None)), SQUAD),
-    "trivia_asked": (lambda facts: asked(facts[:32]), FACTS),
     "ablations_heldout": (lambda facts: heldout_completions(facts[100:132]), FACTS),
     # To see what was forgotten.
+    "trivia_asked": (lambda facts: heldout_questions(facts[:32]), FACTS),
     "nq_open": (as_is, NQ_OPEN),
     "nq_500": (partial(sample, num=500), NQ_OPEN),
     "nq_200": (partial(sample, num=200), NQ_OPEN),
